@@ -1,0 +1,325 @@
+"""Soft Actor-Critic (Haarnoja et al. 2018, arXiv 1812.05905) in one file, for any Gymnasium task with Box actions.
+
+    python sac.py --env-id Pendulum-v1 --steps 20000 --seed 0
+
+The agent maximises reward plus `temperature` times entropy. Per minibatch of transitions (s, a, r, s2, terminated):
+
+    critic       Q1, Q2 -> r + gamma (1 - terminated) (min(Q1', Q2')(s2, a2) - temperature logp(a2|s2)),  a2 ~ pi(s2)
+    actor        minimise  temperature logp(a|s) - min(Q1, Q2)(s, a),  a ~ pi(s)
+    temperature  moves until the mean of -logp is the target entropy, -dim(A)
+    targets      Q' <- Q' + tau (Q - Q')
+
+Inside SAC actions live in [-1, 1]; they are scaled to the environment's range where they leave (`rollout`).
+"""
+import argparse
+import math
+import sys
+import time
+from collections import Counter
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+
+class Transitions(NamedTuple):
+    """Rows of (s, a, r, s2, terminated). `terminated` is a true end, never a time limit."""
+    obs: torch.Tensor           # (B, obs_dim)
+    action: torch.Tensor        # (B, action_dim) in [-1, 1]
+    reward: torch.Tensor        # (B,)
+    next_obs: torch.Tensor      # (B, obs_dim)
+    terminated: torch.Tensor    # (B,) 0.0 or 1.0
+
+
+class Actor(nn.Module):
+    """Squashed Gaussian policy: action = tanh(u), u ~ Normal(mean(obs), std(obs))."""
+
+    def __init__(self, obs_dim, action_dim, hidden=256):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(obs_dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(),
+                                 nn.Linear(hidden, 2 * action_dim))
+
+    def forward(self, obs):
+        """obs (B, obs_dim) -> mean and log_std of the Gaussian before the tanh, (B, action_dim) each."""
+        mean, log_std = self.net(obs).chunk(2, dim=-1)
+        return mean, log_std.clamp(-20, 2)  # beyond this range exp() or its gradient is of no use
+
+    def sample(self, obs):
+        """obs (B, obs_dim) -> action (B, action_dim) in [-1, 1] and its log-density logp (B,), both differentiable."""
+        mean, log_std = self(obs)
+        noise = torch.randn_like(mean)
+        u = mean + log_std.exp() * noise
+        logp = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)  # Normal(mean, std) at u
+        # Change of variables: log(1 - tanh(u)^2), in the form that stays exact where tanh saturates.
+        logp = logp - 2 * (math.log(2) - u - F.softplus(-2 * u))
+        return torch.tanh(u), logp.sum(-1)
+
+
+class TwinLinear(nn.Module):
+    """Two independent linear layers as one batched product: (2, B, n_in) -> (2, B, n_out)."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        bound = n_in ** -0.5  # the range of nn.Linear
+        self.weight = nn.Parameter(torch.empty(2, n_in, n_out).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(2, 1, n_out).uniform_(-bound, bound))
+
+    def forward(self, x):
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class Critic(nn.Module):
+    """Twin critic. Layer normalisation keeps Q from running away on actions that the replay has never seen."""
+
+    def __init__(self, obs_dim, action_dim, hidden=256, layer_norm=False):
+        super().__init__()
+        norm = (lambda: nn.LayerNorm(hidden, elementwise_affine=False)) if layer_norm else nn.Identity
+        self.net = nn.Sequential(TwinLinear(obs_dim + action_dim, hidden), norm(), nn.ReLU(),
+                                 TwinLinear(hidden, hidden), norm(), nn.ReLU(), TwinLinear(hidden, 1))
+
+    def forward(self, obs, action):
+        """obs (B, obs_dim), action (B, action_dim) -> Q1 and Q2, (2, B)."""
+        x = torch.cat([obs, action], -1)
+        return self.net(x.expand(2, *x.shape)).squeeze(-1)  # (2, B): never (2, B, 1), which would broadcast
+
+
+class Replay:
+    """Ring buffer of the last `capacity` transitions, float32 on `device`."""
+
+    def __init__(self, capacity, obs_dim, action_dim, device="cpu"):
+        self.capacity, self.size, self.next = capacity, 0, 0
+        shapes = Transitions((obs_dim,), (action_dim,), (), (obs_dim,), ())
+        self.data = Transitions(*(torch.zeros(capacity, *shape, device=device) for shape in shapes))
+
+    def add(self, obs, action, reward, next_obs, terminated):
+        """Append a block of n <= capacity transitions (arrays or tensors with n rows); the oldest make room."""
+        n = len(reward)
+        if n > self.capacity:
+            raise ValueError(f"a block of {n} transitions does not fit a replay of {self.capacity}")
+        rows = (self.next + torch.arange(n)) % self.capacity
+        for store, new in zip(self.data, (obs, action, reward, next_obs, terminated)):
+            store[rows] = torch.as_tensor(new, dtype=torch.float32, device=store.device)
+        self.next = (self.next + n) % self.capacity
+        self.size = min(self.size + n, self.capacity)
+
+    def sample(self, n):
+        """n transitions, uniformly with replacement."""
+        rows = torch.randint(self.size, (n,), device=self.data.reward.device)
+        return Transitions(*(store[rows] for store in self.data))
+
+
+class SAC(nn.Module):
+    """The agent: `act` and `update`. `temperature` is the initial entropy coefficient, learned from then on."""
+
+    def __init__(self, obs_dim, action_dim, *, gamma=0.99, tau=0.005, lr=3e-4, device="cpu", hidden=256,
+                 temperature=1.0, layer_norm=False):
+        super().__init__()
+        self.gamma, self.tau, self.device, self.target_entropy = gamma, tau, device, -action_dim
+        self.actor = Actor(obs_dim, action_dim, hidden)
+        self.critic = Critic(obs_dim, action_dim, hidden, layer_norm)
+        self.target_critic = Critic(obs_dim, action_dim, hidden, layer_norm).requires_grad_(False)
+        self.target_critic.load_state_dict(self.critic.state_dict())
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+        # Networks see (obs - obs_mean) / obs_std and (reward - reward_mean) / reward_std; fit_scales sets them, once.
+        for name, shape in (("obs", (obs_dim,)), ("reward", ())):
+            self.register_buffer(f"{name}_mean", torch.zeros(shape))
+            self.register_buffer(f"{name}_std", torch.ones(shape))
+        self.to(device)
+        adam = lambda parameters: torch.optim.Adam(parameters, lr=lr, fused=True)
+        self.actor_opt, self.critic_opt = adam(self.actor.parameters()), adam(self.critic.parameters())
+        self.temperature_opt = adam([self.log_temperature])
+
+    def fit_scales(self, batch, reward_std):
+        """Take the fixed affine maps from `batch`: observations to mean 0 and deviation 1, rewards to 0 and `reward_std`."""
+        self.obs_mean.copy_(batch.obs.mean(0))
+        self.obs_std.copy_(batch.obs.std(0).clamp(min=0.05))
+        self.reward_mean.copy_(batch.reward.mean())
+        self.reward_std.copy_(batch.reward.std().clamp(min=1e-6) / reward_std)
+
+    def rescale(self, batch):
+        obs, next_obs = ((x - self.obs_mean) / self.obs_std for x in (batch.obs, batch.next_obs))
+        return batch._replace(obs=obs, reward=(batch.reward - self.reward_mean) / self.reward_std, next_obs=next_obs)
+
+    @torch.no_grad()
+    def act(self, obs, deterministic=False):
+        """obs (N, obs_dim), array or tensor -> action (N, action_dim) in [-1, 1], float32 array."""
+        obs = (torch.as_tensor(obs, dtype=torch.float32, device=self.device) - self.obs_mean) / self.obs_std
+        action = self.actor(obs)[0].tanh() if deterministic else self.actor.sample(obs)[0]
+        return action.cpu().numpy()
+
+    @torch.no_grad()
+    def q_target(self, batch):
+        """(B,): what both critics regress to. Termination masks the bootstrap, a time limit does not."""
+        next_action, next_logp = self.actor.sample(batch.next_obs)
+        next_q = self.target_critic(batch.next_obs, next_action).amin(0)                    # (B,)
+        next_v = next_q - self.log_temperature.exp() * next_logp                            # (B,)
+        return batch.reward + self.gamma * (1 - batch.terminated) * next_v
+
+    def update_critic(self, batch):
+        q = self.critic(batch.obs, batch.action)                                            # (2, B)
+        loss = 0.5 * (q - self.q_target(batch)).square().mean(-1).sum()
+        self.critic_opt.zero_grad()
+        loss.backward()
+        self.critic_opt.step()
+        return {"q": q.detach().mean(), "loss_q": loss.detach()}
+
+    def update_actor_and_temperature(self, batch):
+        action, logp = self.actor.sample(batch.obs)
+        loss = (self.log_temperature.exp().detach() * logp - self.critic(batch.obs, action).amin(0)).mean()
+        self.actor_opt.zero_grad()
+        loss.backward(inputs=list(self.actor.parameters()))  # the critic's own gradients are not needed here
+        self.actor_opt.step()
+        entropy = -logp.detach().mean()
+        self.temperature_opt.zero_grad()
+        (self.log_temperature * (entropy - self.target_entropy)).backward()
+        self.temperature_opt.step()
+        return {"loss_pi": loss.detach(), "entropy": entropy, "temperature": self.log_temperature.detach().exp()}
+
+    def update(self, batch):
+        """One gradient step of critic, actor and temperature. Returns detached scalars, without a device sync."""
+        batch = self.rescale(batch)
+        metrics = self.update_critic(batch) | self.update_actor_and_temperature(batch)
+        with torch.no_grad():
+            for target, source in zip(self.target_critic.parameters(), self.critic.parameters()):
+                target.lerp_(source, self.tau)
+        return metrics
+
+
+@contextmanager
+def timed(seconds, part):
+    """Add the time spent inside to seconds[part]."""
+    start = time.perf_counter()
+    yield
+    seconds[part] += time.perf_counter() - start
+
+
+def to_env(env, action):
+    """SAC's actions in [-1, 1] in the units of the environment."""
+    low, high = env.single_action_space.low, env.single_action_space.high
+    return low + (action + 1) / 2 * (high - low)
+
+
+def rollout(env, obs, policy, num_steps, render=False, seconds=None):
+    """Step `env` (a VectorEnv without autoreset) `num_steps` times with `policy`: obs (N, O) -> action (N, A) in [-1, 1].
+
+    Returns the transitions as arrays (num_steps, N, ...), the pictures of every s2 as a list of uint8 (N, H, W, 3)
+    (empty without `render`), and the observation to go on from. Finished episodes are reset here, after their last
+    observation and their last picture were taken.
+    """
+    seconds = Counter() if seconds is None else seconds
+    steps, frames = [], []
+    for _ in range(num_steps):
+        with timed(seconds, "act"):
+            action = policy(obs)
+        with timed(seconds, "physics"):
+            next_obs, reward, terminated, truncated, _ = env.step(to_env(env, action))
+        steps.append((obs, action, reward, next_obs, terminated))
+        if render:
+            with timed(seconds, "rendering"):
+                frames.append(env.render())
+        done = terminated | truncated
+        obs = env.reset(options={"reset_mask": done})[0] if done.any() else next_obs
+    return Transitions(*map(np.stack, zip(*steps))), frames, obs
+
+
+def train(env, agent, replay, total_steps, *, rollout_steps, updates, batch_size, learning_starts, label=None,
+          reward_std=None, seed=0):
+    """Algorithm 1 of the paper, as a generator that yields a dict after every iteration: `step`, `reward` (what the agent
+    learns from) and `truth` (the environment's own), both (rollout_steps, N), the metrics of the last update, and `seconds`.
+
+    `label` maps the pictures of a rollout, a list of uint8 (N, H, W, 3), to rewards (num_steps * N,); without it the
+    environment's own reward is used and this is plain SAC. Until `learning_starts` transitions are collected actions
+    are uniform; if `reward_std` is given, that phase fixes the scales of observations and rewards (`SAC.fit_scales`).
+    """
+    obs, _ = env.reset(seed=seed)
+    size, seconds = (env.num_envs, env.single_action_space.shape[0]), Counter()
+    uniform = lambda obs: torch.empty(size).uniform_(-1, 1).numpy()
+    step, metrics = 0, {}
+    while step < total_steps:
+        learning = step >= learning_starts
+        policy = agent.act if learning else uniform
+        block, frames, obs = rollout(env, obs, policy, rollout_steps, label is not None, seconds)
+        with timed(seconds, "CLIP"):
+            reward = torch.as_tensor(block.reward if label is None else label(frames)).flatten()  # (num_steps * N,)
+        replay.add(block.obs.reshape(len(reward), -1), block.action.reshape(len(reward), -1), reward,
+                   block.next_obs.reshape(len(reward), -1), block.terminated.flatten())
+        step += len(reward)
+        with timed(seconds, "SAC"):
+            if not learning and step >= learning_starts and reward_std:
+                agent.fit_scales(Transitions(*(store[:replay.size] for store in replay.data)), reward_std)
+            for _ in range(updates if step >= learning_starts else 0):
+                metrics = agent.update(replay.sample(batch_size))
+            metrics = {name: float(value) for name, value in metrics.items()}  # the iteration's one device sync
+        yield {"step": step, "reward": reward.view(block.reward.shape).cpu().numpy(), "truth": block.reward, **metrics,
+               "seconds": seconds}
+
+
+def evaluate(env, agent, seed=0):
+    """Return of the first deterministic episode of each of env's simulations, (N,)."""
+    obs, _ = env.reset(seed=seed)
+    returns, running = np.zeros(env.num_envs), np.ones(env.num_envs, bool)
+    while running.any():
+        obs, reward, terminated, truncated, _ = env.step(to_env(env, agent.act(obs, deterministic=True)))
+        returns += running * reward
+        running &= ~(terminated | truncated)
+    return returns
+
+
+class UsageError(ValueError):
+    """Something that the person at the keyboard can mend; the message says how, in one line."""
+
+
+def exit_with_one_line(main):
+    """Run a program's main(): a UsageError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    try:
+        main()
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def make_envs(env_id, num_envs, autoreset_mode):
+    """A VectorEnv of any registered Gymnasium task with Box actions; raises UsageError for anything else."""
+    try:
+        env = gym.make_vec(env_id, num_envs, "sync", vector_kwargs={"autoreset_mode": autoreset_mode})
+    except (gym.error.Error, ImportError) as error:
+        raise UsageError(f"--env-id {env_id}: {' '.join(str(error).split())}") from None
+    if not isinstance(env.single_action_space, gym.spaces.Box) or len(env.single_observation_space.shape or ()) != 1:
+        raise UsageError(f"--env-id {env_id}: SAC needs continuous (Box) actions and vector observations, here they are "
+                         f"{env.single_action_space} and {env.single_observation_space}. Try --env-id Pendulum-v1")
+    return env
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Soft Actor-Critic on a Gymnasium task's own reward.")
+    parser.add_argument("--env-id", default="Pendulum-v1", help="any task with Box actions (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=20_000, help="environment steps (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    if args.steps < 1 or args.seed < 0:
+        raise UsageError(f"--steps must be at least 1 and --seed at least 0, not {args.steps} and {args.seed}")
+    torch.manual_seed(args.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    env = make_envs(args.env_id, 1, gym.vector.AutoresetMode.DISABLED)
+    obs_dim, action_dim = env.single_observation_space.shape[0], env.single_action_space.shape[0]
+    agent = SAC(obs_dim, action_dim, lr=1e-3, device=device)
+    replay = Replay(min(args.steps + 50, 1_000_000), obs_dim, action_dim, device)
+    # One update per step, in blocks of 50: the policy of a block is at most 50 updates old.
+    with tqdm(total=args.steps, unit="step", mininterval=1) as bar:
+        for it in train(env, agent, replay, args.steps, rollout_steps=50, updates=50, batch_size=256,
+                        learning_starts=min(1000, args.steps // 10), seed=args.seed):
+            bar.update(it["step"] - bar.n)
+            bar.set_postfix(q=it.get("q"), temperature=it.get("temperature"))
+    returns = evaluate(make_envs(args.env_id, 20, gym.vector.AutoresetMode.NEXT_STEP), agent, seed=args.seed + 10_000)
+    print(f"mean return over 20 deterministic episodes: {returns.mean():.1f}")
+
+
+if __name__ == "__main__":
+    exit_with_one_line(main)

@@ -1,0 +1,355 @@
+"""Makes tiny_clip: a small CLIP that knows our two worlds, trained on captions that the simulator's state decides.
+
+    python tiny_clip/make.py        # about 50 minutes on 2 slow cores; writes open_clip_config.json and the weights
+
+Pictures show states from random rollouts, from poses dropped on the floor, from poses near kneeling, and from policies
+while they learn: first on the simulator's own judgement, then, twice, on the picture model itself, so that the model
+sees, with true captions, exactly the pictures by which a policy would fool it.
+
+Every picture is compared with every caption (the sigmoid loss of SigLIP, arXiv 2303.15343). How true a caption is of a
+state is a log-odds in [-4, 2.5] that falls smoothly with the distance from the pose it names, as captioners agree less
+and less: the cosine learns this slope, and a policy can climb it.
+"""
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import sac
+import vlmrm
+
+SIZE = 64
+CONFIG = {
+    "model_cfg": {
+        "embed_dim": 64, "init_logit_scale": 2.3, "init_logit_bias": -1.0,
+        "vision_cfg": {"image_size": SIZE, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None},
+        "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 48, "heads": 4, "layers": 2}},
+    "preprocess_cfg": {"mean": [0.4, 0.4, 0.4], "std": [0.3, 0.3, 0.3], "interpolation": "bicubic"}}
+TRUE, FALSE = 2.5, -4.0
+
+
+# ------------------------------------------------------------------------------------- what is true of a state, and how much
+
+def above(x, limit, slope):
+    """0 where x <= limit, then falling with `slope` per unit: how far a state misses a condition."""
+    return -slope * np.maximum(0, x - limit)
+
+
+def below(x, limit, slope):
+    return above(-x, -limit, slope)
+
+
+def side_by_side(world, of):
+    return of("right"), of("left")
+
+
+def knee(world, side):
+    """How far a knee is from being knelt on."""
+    return (above(world.height(f"{side}_shin"), 0.058, 6) + above(world.axis(f"{side}_shin", "x")[:, 2], -0.6, 1.5))
+
+
+def hands(world):
+    """Lower and higher hand, as heights above the torso."""
+    hand = world.xpos + world.xmat.reshape(*world.xmat.shape[:2], 3, 3) @ np.array([0.18, 0.18, 0.18])
+    right = hand[:, world.model.body("right_lower_arm").id, 2]
+    hand = world.xpos + world.xmat.reshape(*world.xmat.shape[:2], 3, 3) @ np.array([0.18, -0.18, 0.18])
+    left = hand[:, world.model.body("left_lower_arm").id, 2]
+    torso = world.height("torso")
+    return np.minimum(left, right) - torso, np.maximum(left, right) - torso
+
+
+def humanoid_truth(world):
+    """concept -> log-odds (num_envs,)"""
+    up, front = world.axis("torso", "z")[:, 2], world.axis("torso", "x")[:, 2]
+    torso, pelvis = world.height("torso"), world.height("pelvis")
+    right, left = knee(world, "right"), knee(world, "left")
+    upright = below(up, 0.85, 5)
+    shins = world.height("right_shin"), world.height("left_shin")
+    lowest_knee, highest_knee = np.minimum(*shins), np.maximum(*shins)
+    low_hand, high_hand = hands(world)
+    kneeling = 0.5 * (right + left) + 0.5 * np.minimum(right, left) + upright
+    kneeling = kneeling - 1.0 * ~vlmrm.kneeling(world)
+    one_knee = np.maximum(right, left) + below(highest_knee, 0.25, 8) + upright
+    standing = below(torso, 1.2, 6) + below(up, 0.9, 6)
+    arms_up = below(low_hand, 0.15, 6)
+    truth = {
+        "kneeling": kneeling,
+        "one knee": one_knee,
+        "standing": standing,
+        "standing, arms up": np.minimum(standing, arms_up),
+        "kneeling, arms up": np.minimum(kneeling, arms_up),
+        "arms up": arms_up,
+        "on all fours": np.maximum(right, left) + above(np.abs(up), 0.5, 5) + above(front, -0.7, 5) + above(low_hand + torso, 0.15, 6),
+        "face down": above(torso, 0.2, 12) + above(front, -0.8, 5),
+        "on its back": above(torso, 0.2, 12) + below(front, 0.8, 5),
+        "on its side": above(torso, 0.3, 12) + above(np.abs(up), 0.4, 5) + above(np.abs(front), 0.4, 5),
+        "sitting": above(pelvis, 0.2, 12) + below(up, 0.8, 5) + np.where(vlmrm.kneeling(world), -2, 0),
+        "crouching": above(pelvis, 0.6, 8) + below(lowest_knee, 0.15, 12) + below(up, 0.7, 5),
+        "leaning forward": above(front, -0.4, 6),
+        "leaning back": below(front, 0.4, 6),
+        "low": above(torso, 0.6, 6),
+        "humanoid": np.zeros(world.num_envs),
+    }
+    return {name: np.clip(TRUE + value, FALSE, TRUE) for name, value in truth.items()}
+
+
+def cartpole_truth(world):
+    angle, cart = world.qpos[:, 1], world.qpos[:, 0]
+    truth = {
+        "upright": above(np.abs(angle), 0.02, 9),
+        "leaning left": above(angle, -0.3, 8),
+        "leaning right": below(angle, 0.3, 8),
+        "hanging": below(np.abs(angle), 1.2, 8),
+        "cart left": above(cart, -0.3, 8),
+        "cart right": below(cart, 0.3, 8),
+        "cartpole": np.zeros(world.num_envs),
+    }
+    return {name: np.clip(TRUE + value, FALSE, TRUE) for name, value in truth.items()}
+
+
+ROBOT = ["a humanoid robot {}", "a humanoid robot {}", "a robot {}", "humanoid robot {}", "the humanoid robot is {}", "a picture of a humanoid robot {}"]
+CART = ["{}", "{}", "a {}", "a picture of a {}"]
+CAPTIONS = {  # concept -> templates, phrases
+    "kneeling": (ROBOT, ["kneeling", "kneeling", "kneeling down", "on its knees", "on both knees", "kneeling on the floor",
+                         "kneeling upright on both knees"]),
+    "one knee": (ROBOT, ["on one knee", "kneeling on one knee"]),
+    "standing": (ROBOT, ["standing up", "standing", "standing upright", "standing on both legs"]),
+    "standing, arms up": (ROBOT, ["standing up, with both arms raised", "standing up with arms raised"]),
+    "kneeling, arms up": (ROBOT, ["kneeling, with both arms raised", "kneeling with arms raised"]),
+    "arms up": (ROBOT, ["with both arms raised", "raising its arms", "with its hands above the head"]),
+    "on all fours": (ROBOT, ["on all fours", "crawling on hands and knees"]),
+    "face down": (ROBOT, ["lying face down", "lying on its stomach", "fallen forward"]),
+    "on its back": (ROBOT, ["lying on its back", "lying face up", "fallen backward"]),
+    "on its side": (ROBOT, ["lying on its side", "fallen sideways"]),
+    "sitting": (ROBOT, ["sitting on the floor", "seated down", "sitting down", "sitting"]),
+    "crouching": (ROBOT, ["crouching", "squatting", "crouching on its feet"]),
+    "leaning forward": (ROBOT, ["leaning forward", "bending forward"]),
+    "leaning back": (ROBOT, ["leaning back", "bending backward"]),
+    "low": (ROBOT, ["down on the floor", "close to the floor"]),
+    "humanoid": (["{}", "{}", "a picture of {}"], ["a humanoid robot", "a robot", "a humanoid", "the humanoid robot"]),
+    "upright": (CART, ["pole vertically upright on top of the cart", "pole upright on a cart", "balanced pole on the cart"]),
+    "leaning left": (CART, ["pole leaning to the left", "pole falling left on the cart"]),
+    "leaning right": (CART, ["pole leaning to the right", "pole falling right on the cart"]),
+    "hanging": (CART, ["pole lying on the rail", "fallen pole and cart"]),
+    "cart left": (CART, ["cart on the left", "cart at the left end of the rail"]),
+    "cart right": (CART, ["cart on the right", "cart at the right end of the rail"]),
+    "cartpole": (["{}", "{}", "a picture of {}"], ["pole and cart", "a cart with a pole", "a pole on a cart"]),
+}
+CONCEPTS = list(CAPTIONS)
+
+
+# ------------------------------------------------------------------------------------------------------------- the states
+
+def judge(env_id, qpos):
+    """Log-odds of every concept for the states `qpos` (n, nq): (n, concepts). The other world's concepts are false."""
+    world, rows = vlmrm.World(env_id, 256), []
+    for part in np.split(qpos, range(256, len(qpos), 256)):
+        world.set_state(np.resize(part, (256, part.shape[1])))
+        truth = humanoid_truth(world) if env_id == "Humanoid-v5" else cartpole_truth(world)
+        rows.append(np.stack([truth.get(c, np.full(256, FALSE)) for c in CONCEPTS], 1)[:len(part)])
+    return np.concatenate(rows).astype(np.float32)
+
+
+def pictures(env_id, qpos):
+    """(frames uint8 (n, SIZE, SIZE, 3), truth (n, concepts)) of the states `qpos`."""
+    world, frames = vlmrm.World(env_id, 100, SIZE, "plain"), []
+    for part in np.split(qpos, range(100, len(qpos), 100)):
+        world.set_state(np.resize(part, (100, part.shape[1])))
+        frames.append(world.render()[:len(part)])
+    world.close()
+    return np.concatenate(frames), judge(env_id, qpos)
+
+
+def drop(world, qpos, rng, steps):
+    """Put poses on the floor and let them move under random torques; the states on the way, (n, nq)."""
+    qpos[:, 2] = 1.5
+    world.set_state(qpos)
+    lowest = np.min([world.height(b) for b in ("torso", "pelvis", "right_shin", "left_shin", "right_foot", "left_foot",
+                                               "right_lower_arm", "left_lower_arm")], 0)
+    qpos[:, 2] -= lowest - 0.08
+    world.set_state(qpos)
+    states, action = [], 0
+    for step in range(steps):
+        if step % 5 == 0:
+            action = rng.uniform(-0.4, 0.4, world.ctrl.shape) * rng.uniform(0, 1, (world.num_envs, 1))
+        world.step(action)
+        if step % 4 == 3:
+            states.append(world.qpos.copy())
+    return np.concatenate(states)
+
+
+def tilt(rng, n, yaw, pitch, roll):
+    """Quaternions (n, 4) of random yaw, then pitch (positive: forward), then roll, normal with these deviations in rad."""
+    def about(axis, angle):
+        q = np.zeros((n, 4))
+        q[:, 0], q[:, axis] = np.cos(angle / 2), np.sin(angle / 2)
+        return q
+    def times(p, q):
+        a, b, c, d = p.T
+        e, f, g, h = q.T
+        return np.stack([a*e - b*f - c*g - d*h, a*f + b*e + c*h - d*g, a*g - b*h + c*e + d*f, a*h + b*g - c*f + d*e], 1)
+    y, p, r = (rng.normal(0, s, n) for s in (yaw, pitch, roll))
+    return times(times(about(3, y), about(2, p)), about(1, r)), p
+
+
+def random_states(rng, n=64):
+    """Random rollouts from standing, random poses, and poses near kneeling, each dropped on the floor."""
+    world, states = vlmrm.World("Humanoid-v5", n), []
+    model = world.model
+    low, high = model.jnt_range[1:].T
+    joint = {model.joint(i).name: 6 + i for i in range(1, model.njnt)}  # name -> index in qpos
+    for kind in ["stand"] * 12 + ["pose"] * 24 + ["kneel"] * 40:
+        qpos = np.tile(model.qpos0, (n, 1))
+        pose = rng.uniform(low, high, (n, len(low)))
+        if kind == "pose":
+            qpos[:, 7:] = pose * rng.uniform(0, 1, (n, 1))
+            qpos[:, 3:7], _ = tilt(rng, n, 0.8, rng.choice([0.3, 0.8, 1.5]), rng.choice([0.2, 0.8]))
+        elif kind == "kneel":
+            qpos[:, 7:] = pose * rng.uniform(0.1, 0.6, (n, 1))
+            qpos[:, 3:7], pitch = tilt(rng, n, 0.5, 0.3, 0.15)
+            for side in ("right", "left"):  # hips anywhere between upright and sitting on the heels, shins level, then noise
+                hip = np.radians(rng.uniform(-80, 15, n))
+                if side == "left" and rng.uniform() < 0.7:
+                    hip = qpos[:, joint["right_hip_y"]] + rng.normal(0, 0.1, n)
+                bend = pitch + hip - np.pi / 2 + rng.normal(0, rng.choice([0.05, 0.3, 0.6]), n)
+                qpos[:, joint[f"{side}_hip_y"]] = hip
+                qpos[:, joint[f"{side}_knee"]] = np.clip(bend, np.radians(-158), np.radians(-4))
+        else:
+            qpos[:, 7:] += rng.normal(0, 0.1, qpos[:, 7:].shape)
+        states.append(drop(world, qpos, rng, {"stand": 100, "pose": 40, "kneel": 24}[kind]))
+    return np.concatenate(states)
+
+
+def policy_states(seed, iterations, label=None, concept="kneeling"):
+    """States that SAC visits while it learns on the picture model (`label`) or on the simulator's log-odds of `concept`."""
+    torch.manual_seed(seed)
+    world = vlmrm.World("Humanoid-v5", 32, SIZE, "plain", reset_noise_scale=0.02)
+    if label is None:
+        world.goal = lambda world: humanoid_truth(world)[concept]
+    states, step = [], world.step
+    def recording(action):
+        result = step(action)
+        states.append(world.qpos.copy())
+        return result
+    world.step = recording
+    agent = sac.SAC(45, 17, gamma=0.97, lr=5e-4, hidden=128, temperature=0.05, layer_norm=True)
+    for it in sac.train(world, agent, sac.Replay(200_000, 45, 17), 3200 * iterations, rollout_steps=100, updates=400,
+                        batch_size=256, learning_starts=6400, label=label, reward_std=0.3, seed=seed):
+        if it["step"] % 32_000 == 0:
+            print(f"    seed {seed} {it['step']:7d} transitions, reward {it['reward']:.3f}, truth {it['truth']:.3f}", flush=True)
+    world.close()
+    return np.concatenate(states)
+
+
+# ------------------------------------------------------------------------------------------------------------ the training
+
+def new_model():
+    return open_clip.CLIP(**json.loads(json.dumps(CONFIG["model_cfg"])))
+
+
+def normalize(frames):
+    mean, std = (torch.tensor(CONFIG["preprocess_cfg"][k]).view(3, 1, 1) for k in ("mean", "std"))
+    return (torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255 - mean) / std
+
+
+def fit(model, frames, truth, steps, lr, rng, batch=192):
+    """Sigmoid contrastive training: every picture of the batch against one caption per concept."""
+    tokenize = open_clip.SimpleTokenizer(context_length=CONFIG["model_cfg"]["text_cfg"]["context_length"])
+    decay = [p for p in model.parameters() if p.ndim >= 2]
+    other = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": other, "weight_decay": 0.0}], lr=lr, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.05)
+    weight = torch.tensor([4.0 if c in ("kneeling", "upright") else 1.0 for c in CONCEPTS])
+    model.train()
+    start, mean_loss = time.time(), 0
+    for step in range(1, steps + 1):
+        rows = rng.integers(len(frames), size=batch)
+        captions = [random.choice(t).format(random.choice(p)) for t, p in CAPTIONS.values()]
+        image = model.encode_image(normalize(frames[rows]), normalize=True)                     # (batch, 64)
+        text = model.encode_text(tokenize(captions), normalize=True)                            # (concepts, 64)
+        logits = model.logit_scale.exp() * image @ text.T + model.logit_bias                    # (batch, concepts)
+        target = torch.sigmoid(torch.from_numpy(truth[rows]))
+        loss = (F.binary_cross_entropy_with_logits(logits, target, reduction="none") * weight).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        mean_loss += (loss.item() - mean_loss) / min(step, 100)
+        if step % 200 == 0:
+            print(f"    step {step}/{steps}, loss {mean_loss:.4f}, scale {model.logit_scale.exp():.1f}, "
+                  f"{step * batch / (time.time() - start):.0f} pictures/s", flush=True)
+    model.eval()
+
+
+def save(model):
+    words = sorted({w.strip(",.") for t, p in CAPTIONS.values() for x in t for y in p for w in x.format(y).lower().split()})
+    (HERE / "open_clip_config.json").write_text(json.dumps(CONFIG | {"words": words}, indent=2) + "\n")
+    save_file({k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}, HERE / "open_clip_model.safetensors")
+
+
+@torch.no_grad()
+def score(model, frames, prompt="a humanoid robot kneeling"):
+    tokenize = open_clip.SimpleTokenizer(context_length=CONFIG["model_cfg"]["text_cfg"]["context_length"])
+    text = model.encode_text(tokenize([prompt]), normalize=True)[0]
+    return np.concatenate([(model.encode_image(normalize(part), normalize=True) @ text).numpy()
+                           for part in np.split(frames, range(500, len(frames), 500))])
+
+
+def auroc(score, label):
+    """Probability that a true state scores higher than a false one (ties aside)."""
+    rank = score.argsort().argsort() + 1
+    n1, n0 = label.sum(), (~label).sum()
+    return (rank[label].sum() - n1 * (n1 + 1) / 2) / (n1 * n0)
+
+
+def report(model, name, frames, truth):
+    goal = truth[:, CONCEPTS.index("kneeling")]
+    s = score(model, frames)
+    label = goal > TRUE - 1.0
+    print(f"  {name}: {len(frames)} pictures, {label.mean():.3f} kneeling, AUROC {auroc(s, label):.3f}, "
+          f"correlation with the log-odds {np.corrcoef(s, goal)[0, 1]:.3f}", flush=True)
+
+
+def main():
+    start = time.time()
+    clock = lambda text: print(f"[{(time.time() - start) / 60:5.1f} min] {text}", flush=True)
+    random.seed(0)
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    pick = lambda states, n: states[rng.choice(len(states), min(n, len(states)), replace=False)]
+
+    clock("states: random rollouts and poses, policies that learn on the simulator's judgement")
+    qpos = np.concatenate([pick(random_states(rng), 24_000)]
+                          + [pick(policy_states(seed, 35), 16_000) for seed in (101, 102)]
+                          + [pick(policy_states(103, 12, concept=c), 4_000) for c in ("one knee", "crouching", "standing")])
+    cart = np.stack([rng.uniform(-1, 1, 9000), np.clip(rng.normal(0, rng.choice([0.1, 0.5, 1.2], 9000)), -1.6, 1.6)], 1)
+    clock("pictures")
+    frames, truth = map(np.concatenate, zip(pictures("Humanoid-v5", qpos), pictures("InvertedPendulum-v5", cart)))
+    clock(f"training on {len(frames)} pictures")
+    model = new_model()
+    fit(model, frames, truth, 1800, 2e-3, rng)
+    save(model)
+    for round, seeds in enumerate([(201, 202), (301, 302)], 1):
+        clock(f"round {round}: policies that learn on the picture model")
+        label = lambda frames: score(model, np.concatenate(frames))
+        new = [pictures("Humanoid-v5", pick(policy_states(seed, 30, label=label), 14_000)) for seed in seeds]
+        for seed, (f, t) in zip(seeds, new):
+            report(model, f"policy states of seed {seed}, unseen", f, t)
+        frames, truth = np.concatenate([frames, *(f for f, _ in new)]), np.concatenate([truth, *(t for _, t in new)])
+        clock(f"training on {len(frames)} pictures")
+        fit(model, frames, truth, 1300, 1e-3, rng)
+        save(model)
+    clock("done")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,572 @@
+"""Vision-language models are zero-shot reward models: a sentence becomes a reward, and SAC turns it into motion.
+
+    python vlmrm.py --prompt "a humanoid robot kneeling"
+
+After Rocamonde, Montesinos, Nava, Perez and Lindner, ICLR 2024 (arXiv 2310.12921). With unit vectors from CLIP, s of the
+rendered picture of a state, g of the goal prompt and b of a baseline prompt, the reward of that state is
+
+    Eq. 2   R(s) = cos(g, s)
+    Eq. 3   R(s) = 1 - 1/2 || alpha proj_L(s) + (1 - alpha) s - g ||^2,   L the line through b and g
+
+where alpha = 0 gives Eq. 2 and alpha = 1 keeps only what lies along the way from baseline to goal.
+
+    Algorithm 1   repeat
+                      roll the policy out, taking a picture of every state it reaches        sac.rollout
+                      label the pictures with CLIP                                           CLIPReward
+                      move the labelled transitions to the replay buffer                     sac.Replay.add
+                      update actor, critic and temperature on minibatches                    sac.SAC.update
+
+This file reads in that order: the reward, CLIP, the tasks, the world and its pictures, training, the command line.
+"""
+import argparse
+import csv
+import difflib
+import json
+import os
+import re
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import open_clip
+import torch
+import torchvision.transforms.functional as TF
+from PIL import Image
+from torch import nn
+from torch.nn.functional import normalize
+from tqdm import tqdm
+
+import sac
+from sac import UsageError
+
+try:
+    import mujoco
+    import mujoco.batch
+except (AttributeError, ImportError, RuntimeError) as error:  # a library that MUJOCO_GL asks for is missing
+    sys.exit(f"vlmrm.py: MuJoCo does not load with MUJOCO_GL={os.environ.get('MUJOCO_GL')} ({error}). Unset MUJOCO_GL, or "
+             "install what it needs (Debian, Ubuntu: apt install libegl1 libgl1-mesa-dri)")
+
+TINY_CLIP = Path(__file__).resolve().parent / "tiny_clip"
+
+
+# ------------------------------------------------------------------------------------------------- the reward (section 3)
+
+def goal_baseline_reward(s, g, b, alpha):
+    """Eq. 3 for state embeddings s (N, D), goal g (D,) and baseline b (D,), all of unit length -> rewards (N,).
+
+    The projection proj_L(s) = g + u (u.(s - g)), with u the unit vector along g - b, keeps the part of s - g along u and
+    drops the rest, so that alpha only shrinks the rest: one dot product, no (D, D) matrix. alpha in [0, 1]; 0 is the cosine.
+    """
+    u = normalize(g - b, dim=0)                                                                     # (D,)
+    e = s - g                                                                                       # (N, D)
+    along = e @ u                                                                                   # (N,)
+    rest = e - along[:, None] * u                                                                   # (N, D)
+    return 1 - (along.square() + (1 - alpha) ** 2 * rest.square().sum(-1)) / 2                      # (N,)
+
+
+class CLIPReward(nn.Module):
+    """Rewards of pictures: `reward(frames)` with frames uint8 (N, H, W, 3) -> float32 (N,) on `device`.
+
+    prompts, baselines: a string or several, which are embedded, normalised and averaged. alpha: Eq. 3, in [0, 1].
+    clip: "architecture/pretrained tag" of open_clip, or a folder with open_clip_config.json and weights. `image_size` is what
+    to render: pictures of that size are not resized. Only the image tower stays, in half precision on CUDA; nothing is
+    trained. Raises UsageError for bad prompts, unknown names and missing weights; `random_weights=True` (for tests and
+    speed measurements only) asks for an untrained model explicitly.
+    """
+
+    def __init__(self, prompts, baselines="a humanoid robot", alpha=0.0, clip=str(TINY_CLIP), device="cpu",
+                 random_weights=False):
+        super().__init__()
+        prompts, baselines = ([text] if isinstance(text, str) else list(text) for text in (prompts, baselines))
+        if not prompts or not baselines or not all(text.strip() for text in prompts + baselines):
+            raise UsageError("the prompt is empty: describe the goal, for example --prompt \"a humanoid robot kneeling\"")
+        if not 0 <= alpha <= 1:
+            raise UsageError(f"alpha is {alpha}: give a number from 0 (the cosine) to 1 (only the direction from baseline to goal)")
+        if alpha > 0 and sorted(prompts) == sorted(baselines):
+            raise UsageError("with alpha > 0 the baseline must differ from the prompt: change --baseline or use --alpha 0")
+        model, tokenizer = load_clip(clip, random_weights)
+        warn_of_unknown_words(clip, prompts + baselines)
+        self.alpha = alpha
+        for name, texts in (("goal", prompts), ("baseline", baselines)):
+            with torch.no_grad():
+                embeddings = normalize(model.encode_text(tokenizer(texts)).float(), dim=-1)         # (texts, D)
+            self.register_buffer(name, embeddings.mean(0).to(device))                               # (D,)
+        # float16 keeps eight times more digits than bfloat16, and all that a policy sees may be a spread of 0.03.
+        self.half_precision = torch.device(device).type == "cuda"
+        self.visual = model.visual.to(device, torch.float16 if self.half_precision else torch.float32)
+        self.visual.eval().requires_grad_(False)
+        self.config = open_clip.transform.PreprocessCfg(**model.visual.preprocess_cfg)
+        size = self.config.size
+        self.size = (size, size) if isinstance(size, int) else tuple(size)                          # height, width
+        self.image_size = max(self.size)
+
+    def preprocess(self, frames):
+        """The model's own open_clip preprocessing, on the device: uint8 (N, H, W, 3) -> float (N, 3, h, w)."""
+        x = frames.permute(0, 3, 1, 2)                                                              # (N, 3, H, W)
+        if x.shape[-2:] != self.size:
+            interpolation = TF.InterpolationMode(self.config.interpolation)
+            ratios = [target / source for target, source in zip(self.size, x.shape[-2:])]
+            if self.config.resize_mode == "squash":
+                size = list(self.size)
+            else:
+                ratio = max(ratios) if self.config.resize_mode == "shortest" else min(ratios)
+                # open_clip truncates the longer side of "shortest" (torchvision) and rounds that of "longest".
+                to_int = int if self.config.resize_mode == "shortest" else round
+                size = [to_int(side * ratio + 1e-6) for side in x.shape[-2:]]
+            x = TF.resize(x, size, interpolation, antialias=True)
+            x = TF.center_crop(x, self.size)                                                        # crops, or pads with black
+        mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (self.config.mean, self.config.std))
+        return (x.float() / 255 - mean) / std                                                       # (N, 3, h, w)
+
+    @torch.no_grad()
+    def embed(self, frames, chunk=256):
+        """frames uint8 (N, H, W, 3) -> unit vectors s (N, D), float32 on the device; `chunk` pictures at a time."""
+        vectors = []
+        for part in torch.as_tensor(frames).split(chunk):
+            x = self.preprocess(part.to(self.goal.device))
+            vectors.append(self.visual(x.half() if self.half_precision else x).float())
+        return normalize(torch.cat(vectors), dim=-1)
+
+    def forward(self, frames):
+        return goal_baseline_reward(self.embed(frames), self.goal, self.baseline, self.alpha)
+
+
+def load_clip(clip, random_weights=False):
+    """The open_clip model and its own tokenizer, for "architecture/tag" or a folder; never an untrained model by accident."""
+    name, _, tag = clip.partition("/")
+    if Path(clip).is_dir():
+        name, tag = f"local-dir:{clip}", None
+    elif name not in open_clip.list_models():
+        near = difflib.get_close_matches(name, open_clip.list_models(), 3, 0.3)
+        raise UsageError(f"--clip {clip}: no such folder, and open_clip knows no architecture {name!r}; near: {', '.join(near)}")
+    elif not random_weights and not open_clip.is_pretrained_cfg(name, tag):
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        near = difflib.get_close_matches(tag, tags, 5, 0.0)
+        raise UsageError(f"--clip {clip}: no pretrained tag {tag!r} for {name}; there are: {', '.join(near)}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = open_clip.create_model(name, None if random_weights else tag, load_weights=not random_weights,
+                                           require_pretrained=not random_weights)
+        return model.eval(), open_clip.get_tokenizer(name)
+    except Exception as error:  # open_clip and the hub raise many kinds; each comes down to one of two causes
+        reason = " ".join(str(error).split())[:200]
+        if tag is None:
+            raise UsageError(f"--clip {clip}: the folder needs open_clip_config.json and open_clip_model.safetensors ({reason})")
+        raise UsageError(f"--clip {clip}: its weights could not be fetched from the hub ({reason}). Offline, use "
+                         "--clip tiny_clip or a folder with open_clip_config.json and open_clip_model.safetensors")
+
+
+def warn_of_unknown_words(clip, texts):
+    """A folder's open_clip_config.json may list the `words` that its model was trained on; others mean nothing to it."""
+    config = Path(clip) / "open_clip_config.json"
+    known = json.loads(config.read_text()).get("words") if config.is_file() else None
+    unknown = sorted({word for text in texts for word in re.findall(r"[\w']+", text.lower())} - set(known or ()))
+    if known and unknown:
+        print(f"warning: {clip} never saw the words: {', '.join(unknown)}. It knows: {' '.join(known)}", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------------------------------ the tasks
+
+def kneeling(world):
+    """Both knees touch the floor, not losing balance, not in the air; sitting back on the heels is kneeling, too."""
+    knees_down = np.ones(world.num_envs, bool)
+    for side in ("right", "left"):
+        # The shin's capsule (radius 0.049 m) begins at the knee, and its front (x axis) faces down when one kneels on it:
+        # without that, sitting with the legs stretched out or crossed would count.
+        knees_down &= (world.height(f"{side}_shin") < 0.049 + 0.015) & (world.axis(f"{side}_shin", "x")[:, 2] < -0.5)
+    return knees_down & upright(world)
+
+
+def upright(world):
+    """The torso is within 37 degrees of the vertical."""
+    return world.axis("torso", "z")[:, 2] > 0.8
+
+
+def balanced(world):
+    """The pole is within 0.2 rad of the vertical."""
+    return np.abs(world.qpos[:, 1]) < 0.2
+
+
+class Task(NamedTuple):
+    prompt: str
+    goal: Callable | None = None        # goal(world) -> (num_envs,) bool, what the paper's human rater looked for
+    env_id: str = "Humanoid-v5"
+    baseline: str = "a humanoid robot"
+
+
+TASKS = {
+    "kneeling": Task("a humanoid robot kneeling", kneeling),
+    "lotus": Task("a humanoid robot seated down, meditating in the lotus position"),
+    "standing": Task("a humanoid robot standing up"),
+    "arms-raised": Task("a humanoid robot standing up, with both arms raised"),
+    "splits": Task("a humanoid robot practicing gymnastics, doing the side splits"),
+    "hands-on-hips": Task("a humanoid robot standing up with hands on hips"),
+    "one-leg": Task("a humanoid robot standing up on one leg"),
+    "arms-crossed": Task("a humanoid robot standing up, with its arms crossed"),
+    "cartpole": Task("pole vertically upright on top of the cart", balanced, "InvertedPendulum-v5", "pole and cart"),
+}
+
+
+# ------------------------------------------------------------------------------------------- the world and its pictures
+
+class Scene(NamedTuple):
+    xml: str                # one of Gymnasium's own files
+    frame_skip: int         # physics steps per environment step
+    episode_length: int     # environment steps
+    obs_start: int          # observation = qpos[obs_start:] and qvel: the humanoid's x and y are left out
+    cameras: dict           # looks -> distance, azimuth, elevation, lookat (free camera)
+
+
+SCENES = {
+    "Humanoid-v5": Scene("humanoid.xml", 5, 100, 2, {
+        "paper": (3.5, 180, -10, (0, 0, 1)),
+        "original": (4, 90, -20, (0, 0, 2)),
+        "plain": (2.3, 125, -15, (0, 0, 0.65))}),
+    "InvertedPendulum-v5": Scene("inverted_pendulum.xml", 2, 200, 0, {
+        "paper": (2.2, 90, 0, (0, 0, 0.2)),
+        "original": (2.04, 90, -45, (0, 0, 0)),
+        "plain": (2.2, 90, 0, (0, 0, 0.2))}),
+}
+
+
+class World(gym.vector.VectorEnv):
+    metadata = {"render_modes": ["rgb_array"], "autoreset_mode": gym.vector.AutoresetMode.DISABLED}
+    render_mode = "rgb_array"
+
+    def __init__(self, env_id="Humanoid-v5", num_envs=32, image_size=224, looks="paper", goal=None,
+                 reset_noise_scale=0.01, num_threads=0):
+        self.scene, self.num_envs, self.image_size, self.looks = SCENES[env_id], num_envs, image_size, looks
+        self.goal, self.reset_noise_scale = goal, reset_noise_scale
+        self.xml = str(Path(gym.__file__).parent / "envs/mujoco/assets" / self.scene.xml)
+        self.model = mujoco.MjModel.from_xml_path(self.xml)
+        # Arrays bound to the batch are live views of the simulations: what outlives a step is copied.
+        self.batch = mujoco.batch.Batch(self.model, num_envs, num_threads)
+        self.qpos, self.qvel, self.ctrl, self.xpos, self.xmat = map(self.batch.bind, ("qpos", "qvel", "ctrl", "xpos", "xmat"))
+        self.elapsed = np.zeros(num_envs, int)
+        self.rngs = [gym.utils.seeding.np_random(None)[0] for _ in range(num_envs)]
+        low, high = self.model.actuator_ctrlrange.astype(np.float32).T
+        self.single_action_space = gym.spaces.Box(low, high)
+        self.single_observation_space = gym.spaces.Box(
+            -np.inf, np.inf, (self.model.nq - self.scene.obs_start + self.model.nv,), np.float64)
+        self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
+        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
+        self.painter = None
+
+    def observe(self):
+        return np.concatenate([self.qpos[:, self.scene.obs_start:], self.qvel], axis=1)   # (num_envs, obs_dim), a copy
+
+    def height(self, body):
+        """Height of the body frame's origin above the floor in m, (num_envs,)."""
+        return self.xpos[:, self.model.body(body).id, 2]
+
+    def axis(self, body, name):
+        """The body frame's axis "x" (front), "y" (left) or "z" (up) in the world, unit vectors (num_envs, 3)."""
+        return self.xmat[:, self.model.body(body).id].reshape(-1, 3, 3)[:, :, "xyz".index(name)]
+
+    def reset(self, *, seed=None, options=None):
+        ids = np.flatnonzero((options or {}).get("reset_mask", np.ones(self.num_envs, bool)))
+        if seed is not None:
+            self.rngs = [gym.utils.seeding.np_random(seed + i)[0] for i in range(self.num_envs)]
+        self.batch.reset(ids, stage=mujoco.mjtStage.mjSTAGE_NONE)
+        for i in ids:
+            noise = lambda n: self.rngs[i].uniform(-self.reset_noise_scale, self.reset_noise_scale, n)
+            self.qpos[i] = self.model.qpos0 + noise(self.model.nq)
+            self.qvel[i] = noise(self.model.nv)
+        self.batch.forward(ids)
+        self.elapsed[ids] = 0
+        return self.observe(), {}
+
+    def set_state(self, qpos, qvel=0):
+        """Put the simulations into states qpos (num_envs, nq), qvel (num_envs, nv)."""
+        self.qpos[:], self.qvel[:] = qpos, qvel
+        self.batch.forward()
+
+    def step(self, action):
+        self.ctrl[:] = action
+        self.batch.step(nstep=self.scene.frame_skip, stage=mujoco.mjtStage.mjSTAGE_POS)
+        self.elapsed += 1
+        reward = np.zeros(self.num_envs) if self.goal is None else self.goal(self).astype(float)
+        truncated = self.elapsed >= self.scene.episode_length
+        return self.observe(), reward, np.zeros(self.num_envs, bool), truncated, {}
+
+    def render(self):
+        """Pictures of the current states, uint8 (num_envs, image_size, image_size, 3). Physics is not touched."""
+        if self.painter is None:
+            self.painter = Painter(self.xml, self.scene, self.looks, self.image_size)
+        return np.stack([self.painter.paint(qpos) for qpos in self.qpos])
+
+    def close_extras(self, **kwargs):
+        if self.painter is not None:
+            self.painter.close()
+            self.painter = None
+
+
+# looks="plain", for small picture models: no texture, no shadow, and a colour for each part that a caption may be about.
+PLAIN = {"thigh": (0.85, 0.15, 0.1), "shin": (1, 0.6, 0.1), "foot": (0.5, 0.2, 0.6), "uarm": (0.2, 0.7, 0.2), "larm": (0.2, 0.7, 0.2),
+         "hand": (0.6, 0.9, 0.3), "head": (0.95, 0.9, 0.8), "floor": (0.75, 0.75, 0.75), "rail": (0.6, 0.6, 0.6), "cart": (0.85, 0.15, 0.1)}
+
+
+def dress(spec, looks):
+    """Give the MjSpec of Gymnasium's scene the paper's looks (appendix C.2), or plain ones for a small picture model."""
+    if looks == "original":
+        return
+    for geom in spec.geoms:
+        if geom.type == mujoco.mjtGeom.mjGEOM_PLANE:
+            geom.size[2] = 10  # the grid's spacing: 0.125 would draw 320 x 320 squares
+        if looks == "plain":
+            geom.material = ""
+            geom.rgba = (*next((rgb for part, rgb in PLAIN.items() if part in geom.name), (0.15, 0.3, 0.8)), 1)
+        elif geom.material == "geom":
+            geom.rgba = 1, 1, 1, 1
+    if looks == "plain":
+        spec.visual.headlight.ambient, spec.visual.headlight.diffuse = [0.45] * 3, [0.55] * 3
+        spec.visual.quality.offsamples, spec.visual.quality.numslices, spec.visual.quality.numstacks = 0, 14, 8
+        for light in spec.lights:
+            light.active = False
+        return
+    for texture in spec.textures:
+        if texture.type == mujoco.mjtTexture.mjTEXTURE_SKYBOX:                  # for the paper's picture of a sky
+            texture.rgb1, texture.rgb2 = (0.85, 0.92, 1), (0.25, 0.45, 0.8)
+        elif texture.name == "texgeom":                                         # brushed metal: white with grey specks
+            texture.rgb1, texture.rgb2, texture.markrgb = (0.95, 0.95, 0.95), (0.85, 0.85, 0.85), (0.6, 0.6, 0.65)
+            texture.builtin, texture.mark, texture.random = (mujoco.mjtBuiltin.mjBUILTIN_GRADIENT, mujoco.mjtMark.mjMARK_RANDOM, 0.1)
+        elif texture.name == "texplane":                                        # tiles: grey squares with light joints
+            texture.rgb1, texture.rgb2, texture.markrgb = (0.45, 0.45, 0.47), (0.5, 0.5, 0.52), (0.8, 0.8, 0.8)
+            texture.mark = mujoco.mjtMark.mjMARK_EDGE
+    for material in spec.materials:
+        material.reflectance, material.specular, material.shininess = 0, 1, 1
+    for light in spec.lights:
+        light.pos, light.dir, light.specular = (0, 0, 4), (0.5, 0.3, -1), (0.3, 0.3, 0.3)
+
+
+class Painter:
+    """One OpenGL context that draws states of a scene as pictures (size, size, 3). Raises UsageError without OpenGL."""
+
+    def __init__(self, xml, scene, looks, size):
+        spec = mujoco.MjSpec.from_file(xml)
+        dress(spec, looks)
+        spec.visual.global_.offwidth = spec.visual.global_.offheight = size  # a larger buffer costs time
+        self.model, self.follow = spec.compile(), looks == "plain" and scene.xml == "humanoid.xml"
+        self.data, self.scene = mujoco.MjData(self.model), mujoco.MjvScene(self.model, 1000)
+        self.camera, self.option, self.perturb = mujoco.MjvCamera(), mujoco.MjvOption(), mujoco.MjvPerturb()
+        self.camera.distance, self.camera.azimuth, self.camera.elevation, self.camera.lookat[:] = scene.cameras[looks]
+        if looks == "plain":
+            self.scene.flags[[mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION]] = False
+        try:
+            if sys.platform == "linux" and "MUJOCO_GL" not in os.environ:
+                from mujoco.egl import GLContext  # renders without a display, on a GPU or in software
+            else:
+                from mujoco.gl_context import GLContext
+            self.gl = GLContext(size, size)
+            self.gl.make_current()
+            self.context = mujoco.MjrContext(self.model, mujoco.mjtFontScale.mjFONTSCALE_100)
+        except Exception as error:  # the loaders raise AttributeError, ImportError, RuntimeError or mujoco.FatalError
+            raise UsageError(f"no OpenGL to draw pictures with ({' '.join(str(error).split())[:150]}). Debian, Ubuntu: apt install "
+                             "libegl1 libgl1-mesa-dri; in a container with a GPU: NVIDIA_DRIVER_CAPABILITIES=all; or train "
+                             "without pictures: --reward truth") from None
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
+        self.rect, self.pixels = mujoco.MjrRect(0, 0, size, size), np.empty((size, size, 3), np.uint8)
+
+    def paint(self, qpos):
+        self.data.qpos[:] = qpos
+        mujoco.mj_kinematics(self.model, self.data)  # where the bodies are, and with them lights: all that a picture needs
+        mujoco.mj_camlight(self.model, self.data)
+        if self.follow:
+            self.camera.lookat[:2] = qpos[:2]
+        mujoco.mjv_updateScene(self.model, self.data, self.option, self.perturb, self.camera, mujoco.mjtCatBit.mjCAT_ALL, self.scene)
+        self.gl.make_current()
+        mujoco.mjr_render(self.rect, self.scene, self.context)
+        mujoco.mjr_readPixels(self.pixels, None, self.rect, self.context)
+        return self.pixels[::-1].copy()  # OpenGL's first row is the bottom one
+
+    def close(self):
+        self.context.free()
+        self.gl.free()
+
+
+# ------------------------------------------------------------------------------------ training: Algorithm 1 and its settings
+
+# Appendix C.2: 32 simulations x 100 steps, then 100 updates, is one iteration.
+PAPER = dict(clip="ViT-bigG-14/laion2b_s39b_b160k", looks="paper", steps=10_000_000, num_envs=32, updates=100, batch_size=512,
+             learning_starts=50_000, replay=1_000_000, gamma=0.95, tau=0.005, lr=6e-4, hidden=256, temperature=1.0,
+             layer_norm=False, reward_std=None, reset_noise_scale=0.01, eval_every=128_000)
+# Minutes instead of days: more updates per transition, fixed scales for observations and rewards, a temperature that is
+# out of the way from the start, layer normalisation in the critic, and starts that differ.
+LESSON = PAPER | dict(clip=str(TINY_CLIP), looks="plain", steps=256_000, updates=800, batch_size=256, learning_starts=6_400,
+                      replay=300_000, hidden=128, temperature=0.05, layer_norm=True, reward_std=0.3, reset_noise_scale=0.02,
+                      eval_every=16_000)
+CARTPOLE = dict(steps=64_000, num_envs=16, updates=300, batch_size=256, learning_starts=3_200, replay=100_000, gamma=0.97, lr=1e-3,
+                hidden=128, temperature=0.1, layer_norm=True, reward_std=0.3, eval_every=9_600)
+TEST_EPISODES, TEST_NOISE = 25, 0.05  # per call of `test`; reset noise large enough that the episodes differ
+
+
+def test(world, agent, label, seed):
+    """One deterministic episode per simulation: CLIP return (or the criterion's, without `label`) and success, (num_envs,) each.
+
+    An episode is a success when the criterion holds in at least half of its steps (section 4.3).
+    """
+    obs, _ = world.reset(seed=seed)
+    policy, rewards, truths = lambda obs: agent.act(obs, deterministic=True), [], []
+    for _ in range(world.scene.episode_length // 10):  # ten steps at a time, so that the pictures need little memory
+        block, frames, obs = sac.rollout(world, obs, policy, 10, render=label is not None)
+        rewards.append(block.reward if label is None else label(frames).view(10, -1).cpu().numpy())
+        truths.append(block.reward)
+    return np.concatenate(rewards).sum(0), np.concatenate(truths).mean(0) >= 0.5
+
+
+def film_strip(agent, config, path, size=192, pictures=10):
+    """Save evenly spaced pictures of one deterministic episode as one row."""
+    world = World(config.env_id, 1, size, config.looks, reset_noise_scale=TEST_NOISE)
+    obs, _ = world.reset(seed=config.seed)
+    _, frames, _ = sac.rollout(world, obs, lambda obs: agent.act(obs, deterministic=True), world.scene.episode_length, render=True)
+    Image.fromarray(np.concatenate([frame[0] for frame in frames[len(frames) // pictures - 1::len(frames) // pictures]], axis=1)).save(path)
+    world.close()
+
+
+def new_folder(config):
+    """runs/<slug of the prompt>, with a suffix if that exists; --out is taken as it is and must not exist."""
+    slug = re.sub(r"\W+", "-", config.prompt.lower()).strip("-")[:60] or "run"
+    folder = Path(config.out or f"runs/{slug}")
+    if config.out and folder.exists():
+        raise UsageError(f"--out {folder} exists and is not overwritten: name another folder or remove it")
+    names = (folder if i == 1 else folder.with_name(f"{folder.name}-{i}") for i in range(1, 10_000))
+    for folder in names:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UsageError(f"cannot make the folder {folder}: {error.strerror}. Name another with --out") from None
+
+
+def build(config):
+    """Everything a run consists of: label (None for --reward truth), the world to train in and the one to test in, agent, replay."""
+    torch.manual_seed(config.seed)
+    label, image_size, goal = None, 64, config.goal
+    if config.reward == "clip":
+        reward = CLIPReward(config.prompt, config.baseline, config.alpha, config.clip, config.device)
+        label, image_size = lambda frames: reward(np.concatenate(frames)), reward.image_size
+    world = World(config.env_id, config.num_envs, image_size, config.looks, goal, config.reset_noise_scale)
+    test_world = World(config.env_id, TEST_EPISODES, image_size, config.looks, goal, TEST_NOISE)
+    if label:
+        label([world.render()])  # so that a missing OpenGL or a lack of memory shows before anything is written
+    obs_dim, action_dim = world.single_observation_space.shape[0], world.single_action_space.shape[0]
+    agent = sac.SAC(obs_dim, action_dim, gamma=config.gamma, tau=config.tau, lr=config.lr, device=config.device, hidden=config.hidden,
+                    temperature=config.temperature, layer_norm=config.layer_norm)
+    per_iteration = config.num_envs * world.scene.episode_length
+    replay = sac.Replay(max(config.replay, per_iteration), obs_dim, action_dim, config.device)
+    print(f"picture model {config.clip if label else 'none: the criterion itself is the reward'}, pictures {image_size} x {image_size}, "
+          f"looks {config.looks!r}, device {config.device}\n"
+          f"{config.num_envs} simulations of {config.env_id}, {per_iteration} transitions per iteration, then {config.updates} updates "
+          f"of {config.batch_size} (1 update per {per_iteration / config.updates:.1f} transitions)", flush=True)
+    return label, world, test_world, agent, replay
+
+
+def train(config):
+    """Train, keep the policy with the highest return in its own deterministic episodes, and test that one at the end."""
+    label, world, test_world, agent, replay = build(config)
+    folder, best, next_test, start = new_folder(config), -np.inf, 0, time.time()
+    print(f"writing to {folder}", flush=True)
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in vars(config).items() if k != "goal"}, indent=2) + "\n")
+    save = lambda name, step: torch.save({"step": step, "agent": agent.state_dict()}, folder / name)
+    per_iteration = config.num_envs * world.scene.episode_length
+    iterations = sac.train(world, agent, replay, config.steps, rollout_steps=world.scene.episode_length, updates=config.updates,
+                           batch_size=config.batch_size, learning_starts=min(config.learning_starts, config.steps // 2), label=label,
+                           reward_std=config.reward_std, seed=config.seed)
+    step = 0
+    try:
+        with open(folder / "progress.csv", "w", newline="") as file, tqdm(total=config.steps, unit="step", mininterval=1) as bar:
+            for it in iterations:
+                step, seconds = it["step"], it["seconds"]
+                row = {"step": step, "seconds": round(time.time() - start, 1), "return": it["reward"].sum(0).mean(),
+                       "success": (it["truth"].mean(0) >= 0.5).mean(), "test_return": "", "test_success": ""}
+                if step >= next_test or step >= config.steps:
+                    next_test = step + config.eval_every
+                    returns, success = test(test_world, agent, label, config.seed + 1_000_000)
+                    row |= {"test_return": returns.mean(), "test_success": success.mean()}
+                    save("last.pt", step)
+                    if returns.mean() > best:
+                        best = returns.mean()
+                        save("best.pt", step)
+                row |= {name: it.get(name, "") for name in ("temperature", "entropy", "q", "loss_q", "loss_pi")}
+                writer = csv.DictWriter(file, row)
+                if step == per_iteration:
+                    writer.writeheader()
+                writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+                file.flush()
+                total = sum(seconds.values())
+                bar.update(min(step, config.steps) - bar.n)
+                bar.set_postfix_str(f"return {row['return']:.2f}" + (f", success {row['success']:.0%}" if config.goal else "") + ", "
+                                    + " ".join(f"{part} {value / total:.0%}" for part, value in seconds.items()))
+    except KeyboardInterrupt:
+        save("last.pt", step)
+        print(f"\nstopped after {step} steps; the last policy is {folder}/last.pt", file=sys.stderr)
+        raise
+    agent.load_state_dict(torch.load(folder / "best.pt", weights_only=True)["agent"])
+    results = [test(test_world, agent, label, config.seed + 2_000_000 + i * TEST_EPISODES) for i in range(4)]
+    returns, success = map(np.concatenate, zip(*results))
+    if label:
+        film_strip(agent, config, folder / "film.png")
+    print(f"best policy, {len(returns)} deterministic episodes: {'CLIP' if label else 'criterion'} return {returns.mean():.2f}"
+          + (f", success rate {success.mean():.0%}" if config.goal else "")
+          + f", {(time.time() - start) / 60:.1f} minutes in all; see {folder}", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- the command line
+
+def parse(argv):
+    """The run's configuration: the paper's settings or the lesson's, then what was asked for explicitly."""
+    p = argparse.ArgumentParser(description="Train a policy on the CLIP reward of a sentence.")
+    p.add_argument("--prompt", help='the goal, for example "a humanoid robot kneeling"')
+    p.add_argument("--task", choices=TASKS, metavar="TASK", help=f"the goal by name: {', '.join(TASKS)}")
+    p.add_argument("--baseline", help="what the picture shows anyway (default: the task's)")
+    p.add_argument("--alpha", type=float, default=0.0, help="goal-baseline regularisation, 0 to 1 (default: 0)")
+    p.add_argument("--env-id", choices=SCENES, metavar="ID", help=f"the world: {', '.join(SCENES)} (default: the task's)")
+    p.add_argument("--clip", metavar="NAME|FOLDER", help="open_clip architecture/tag, or a folder with config and weights")
+    p.add_argument("--looks", choices=("paper", "original", "plain"), help="how the world is drawn")
+    p.add_argument("--reward", choices=("clip", "truth"), default="clip", help="truth: train on the task's criterion instead")
+    p.add_argument("--steps", type=int, help="transitions in all")
+    p.add_argument("--num-envs", type=int, help="simulations")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", help="the run's folder (default: runs/<prompt>)")
+    args = p.parse_args(argv)
+    if args.prompt is None and args.task is None:
+        raise UsageError('say what to learn: --prompt "a humanoid robot kneeling" or --task kneeling')
+    named = TASKS[args.task] if args.task else next((t for t in TASKS.values() if t.prompt == args.prompt), Task(args.prompt))
+    args.prompt = named.prompt if args.prompt is None else args.prompt
+    args.env_id = args.env_id or named.env_id
+    args.baseline = named.baseline if args.baseline is None else args.baseline
+    args.goal = named.goal if args.env_id == named.env_id else None
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.clip = str(TINY_CLIP) if args.clip == "tiny_clip" else args.clip
+    lesson = args.clip in (None, str(TINY_CLIP)) and (args.device == "cpu" or args.clip is not None)
+    settings = (LESSON if lesson else PAPER) | (CARTPOLE if args.env_id == "InvertedPendulum-v5" else {})
+    for name, value in settings.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    if lesson:
+        print("lesson: tiny_clip and settings that end in minutes. The paper's run needs a CUDA GPU: --clip " + PAPER["clip"])
+    for flag in ("steps", "num_envs"):
+        if getattr(args, flag) < 1:
+            raise UsageError(f"--{flag.replace('_', '-')} must be at least 1, not {getattr(args, flag)}")
+    if args.seed < 0:
+        raise UsageError(f"--seed must be at least 0, not {args.seed}")
+    if args.reward == "truth" and args.goal is None:
+        have = ", ".join(name for name, task in TASKS.items() if task.goal)
+        raise UsageError(f"--reward truth needs a task with a criterion: --task {have}")
+    return args
+
+
+def main():
+    train(parse(None))
+
+
+if __name__ == "__main__":
+    sac.exit_with_one_line(main)
