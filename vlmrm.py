@@ -22,12 +22,11 @@ import argparse
 import csv
 import difflib
 import json
+import logging
 import os
 import re
-import signal
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -149,10 +148,9 @@ def load_clip(clip, random_weights=False):
         near = difflib.get_close_matches(tag, tags, 5, 0.0)
         raise UsageError(f"--clip {clip}: no pretrained tag {tag!r} for {name}; there are: {', '.join(near)}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = open_clip.create_model(name, None if random_weights else tag, load_weights=not random_weights,
-                                           require_pretrained=not random_weights)
+        logging.disable(logging.ERROR)  # what open_clip logs comes back in the exception
+        model = open_clip.create_model(name, None if random_weights else tag, load_weights=not random_weights,
+                                       require_pretrained=not random_weights)
         return model.eval(), open_clip.get_tokenizer(name)
     except Exception as error:  # open_clip and the hub raise many kinds; each comes down to one of two causes
         reason = " ".join(str(error).split())[:200]
@@ -160,6 +158,8 @@ def load_clip(clip, random_weights=False):
             raise UsageError(f"--clip {clip}: the folder needs open_clip_config.json and open_clip_model.safetensors ({reason})")
         raise UsageError(f"--clip {clip}: its weights could not be fetched from the hub ({reason}). Offline, use "
                          "--clip tiny_clip or a folder with open_clip_config.json and open_clip_model.safetensors")
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def warn_of_unknown_words(clip, texts):
@@ -175,12 +175,15 @@ def warn_of_unknown_words(clip, texts):
 
 def kneeling(world):
     """Both knees touch the floor, not losing balance, not in the air; sitting back on the heels is kneeling, too."""
-    knees_down = np.ones(world.num_envs, bool)
-    for side in ("right", "left"):
-        # The shin's capsule (radius 0.049 m) begins at the knee, and its front (x axis) faces down when one kneels on it:
-        # without that, sitting with the legs stretched out or crossed would count.
-        knees_down &= (world.height(f"{side}_shin") < 0.049 + 0.015) & (world.axis(f"{side}_shin", "x")[:, 2] < -0.5)
-    return knees_down & upright(world)
+    # On the knee the shin's front (its x axis) faces down: sitting with the legs crossed or stretched out does not count.
+    knees = [(knee_gap(world, side) < 0.015) & (world.axis(f"{side}_shin", "x")[:, 2] < -0.5) for side in ("right", "left")]
+    return knees[0] & knees[1] & upright(world)
+
+
+def knee_gap(world, side):
+    """Distance in m between floor and knee, where the capsules of thigh (radius 0.06) and shin (0.049) meet."""
+    thigh_end = (0, 0.01 if side == "right" else -0.01, -0.34)
+    return np.minimum(world.point(f"{side}_thigh", thigh_end)[:, 2] - 0.06, world.point(f"{side}_shin")[:, 2] - 0.049)
 
 
 def upright(world):
@@ -261,9 +264,10 @@ class World(gym.vector.VectorEnv):
     def observe(self):
         return np.concatenate([self.qpos[:, self.scene.obs_start:], self.qvel], axis=1)   # (num_envs, obs_dim), a copy
 
-    def height(self, body):
-        """Height of the body frame's origin above the floor in m, (num_envs,)."""
-        return self.xpos[:, self.model.body(body).id, 2]
+    def point(self, body, offset=(0, 0, 0)):
+        """Where a point of a body, given in the body's own frame in m, is in the world, (num_envs, 3)."""
+        i = self.model.body(body).id
+        return self.xpos[:, i] + self.xmat[:, i].reshape(-1, 3, 3) @ np.array(offset)
 
     def axis(self, body, name):
         """The body frame's axis "x" (front), "y" (left) or "z" (up) in the world, unit vectors (num_envs, 3)."""
@@ -342,7 +346,7 @@ def dress(spec, looks):
     for material in spec.materials:
         material.reflectance, material.specular, material.shininess = 0, 1, 1
     for light in spec.lights:
-        light.pos, light.dir, light.specular = (0, 0, 4), (0.5, 0.3, -1), (0.3, 0.3, 0.3)
+        light.pos, light.dir, light.specular = (0, 0, 4), (0, 0, -1), (0.3, 0.3, 0.3)
 
 
 class Painter:
@@ -357,7 +361,7 @@ class Painter:
         self.camera, self.option, self.perturb = mujoco.MjvCamera(), mujoco.MjvOption(), mujoco.MjvPerturb()
         self.camera.distance, self.camera.azimuth, self.camera.elevation, self.camera.lookat[:] = scene.cameras[looks]
         if looks == "plain":
-            self.scene.flags[[mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION]] = False
+            self.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = self.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
         try:
             if sys.platform == "linux" and "MUJOCO_GL" not in os.environ:
                 from mujoco.egl import GLContext  # renders without a display, on a GPU or in software
@@ -393,7 +397,7 @@ class Painter:
 # ------------------------------------------------------------------------------------ training: Algorithm 1 and its settings
 
 # Appendix C.2: 32 simulations x 100 steps, then 100 updates, is one iteration.
-PAPER = dict(clip="ViT-bigG-14/laion2b_s39b_b160k", looks="paper", steps=10_000_000, num_envs=32, updates=100, batch_size=512,
+PAPER = dict(clip="ViT-bigG-14/laion2b_s39b_b160k", looks="paper", steps=10_000_000, num_envs=32, rollout_steps=100, updates=100, batch_size=512,
              learning_starts=50_000, replay=1_000_000, gamma=0.95, tau=0.005, lr=6e-4, hidden=256, temperature=1.0,
              layer_norm=False, reward_std=None, reset_noise_scale=0.01, eval_every=128_000)
 # Minutes instead of days: more updates per transition, fixed scales for observations and rewards, a temperature that is
@@ -401,7 +405,7 @@ PAPER = dict(clip="ViT-bigG-14/laion2b_s39b_b160k", looks="paper", steps=10_000_
 LESSON = PAPER | dict(clip=str(TINY_CLIP), looks="plain", steps=256_000, updates=800, batch_size=256, learning_starts=6_400,
                       replay=300_000, hidden=128, temperature=0.05, layer_norm=True, reward_std=0.3, reset_noise_scale=0.02,
                       eval_every=16_000)
-CARTPOLE = dict(steps=64_000, num_envs=16, updates=300, batch_size=256, learning_starts=3_200, replay=100_000, gamma=0.97, lr=1e-3,
+CARTPOLE = dict(steps=64_000, num_envs=16, rollout_steps=200, updates=300, batch_size=256, learning_starts=3_200, replay=100_000, gamma=0.97, lr=1e-3,
                 hidden=128, temperature=0.1, layer_norm=True, reward_std=0.3, eval_every=9_600)
 TEST_EPISODES, TEST_NOISE = 25, 0.05  # per call of `test`; reset noise large enough that the episodes differ
 
@@ -460,7 +464,7 @@ def build(config):
     obs_dim, action_dim = world.single_observation_space.shape[0], world.single_action_space.shape[0]
     agent = sac.SAC(obs_dim, action_dim, gamma=config.gamma, tau=config.tau, lr=config.lr, device=config.device, hidden=config.hidden,
                     temperature=config.temperature, layer_norm=config.layer_norm)
-    per_iteration = config.num_envs * world.scene.episode_length
+    per_iteration = config.num_envs * config.rollout_steps
     replay = sac.Replay(max(config.replay, per_iteration), obs_dim, action_dim, config.device)
     print(f"picture model {config.clip if label else 'none: the criterion itself is the reward'}, pictures {image_size} x {image_size}, "
           f"looks {config.looks!r}, device {config.device}\n"
@@ -470,53 +474,61 @@ def build(config):
 
 
 def train(config):
-    """Train, keep the policy with the highest return in its own deterministic episodes, and test that one at the end."""
+    """Train, keeping the policy with the highest return in its own deterministic episodes; then test that one."""
     label, world, test_world, agent, replay = build(config)
-    folder, best, next_test, start = new_folder(config), -np.inf, 0, time.time()
+    folder, start, step = new_folder(config), time.time(), 0
     print(f"writing to {folder}", flush=True)
     (folder / "config.json").write_text(json.dumps({k: v for k, v in vars(config).items() if k != "goal"}, indent=2) + "\n")
-    save = lambda name, step: torch.save({"step": step, "agent": agent.state_dict()}, folder / name)
-    per_iteration = config.num_envs * world.scene.episode_length
-    iterations = sac.train(world, agent, replay, config.steps, rollout_steps=world.scene.episode_length, updates=config.updates,
-                           batch_size=config.batch_size, learning_starts=min(config.learning_starts, config.steps // 2), label=label,
-                           reward_std=config.reward_std, seed=config.seed)
-    step = 0
+    save = lambda name: torch.save({"step": step, "agent": agent.state_dict()}, folder / name)
+    best, next_test, episode = -np.inf, 0, []
+    per_episode = config.num_envs * world.scene.episode_length
+    steps = -(-config.steps // per_episode) * per_episode  # whole episodes
     try:
-        with open(folder / "progress.csv", "w", newline="") as file, tqdm(total=config.steps, unit="step", mininterval=1) as bar:
-            for it in iterations:
-                step, seconds = it["step"], it["seconds"]
-                row = {"step": step, "seconds": round(time.time() - start, 1), "return": it["reward"].sum(0).mean(),
-                       "success": (it["truth"].mean(0) >= 0.5).mean(), "test_return": "", "test_success": ""}
-                if step >= next_test or step >= config.steps:
+        with open(folder / "progress.csv", "w", newline="") as file, tqdm(total=steps, unit="step", mininterval=1) as bar:
+            for it in sac.train(world, agent, replay, steps, rollout_steps=config.rollout_steps, updates=config.updates,
+                                batch_size=config.batch_size, learning_starts=min(config.learning_starts, steps // 2),
+                                label=label, reward_std=config.reward_std, seed=config.seed):
+                step = it["step"]
+                bar.update(step - bar.n)
+                episode.append(it)
+                if step % per_episode:
+                    continue
+                reward, truth = (np.concatenate([it[key] for it in episode]) for key in ("reward", "truth"))        # (T, N)
+                row = {"step": step, "seconds": time.time() - start, "return": reward.sum(0).mean(), "success": (truth.mean(0) >= 0.5).mean(),
+                       "test_return": "", "test_success": ""} | {k: it.get(k, "") for k in ("temperature", "entropy", "q", "loss_q", "loss_pi")}
+                episode = []
+                if step >= min(next_test, steps):
                     next_test = step + config.eval_every
                     returns, success = test(test_world, agent, label, config.seed + 1_000_000)
                     row |= {"test_return": returns.mean(), "test_success": success.mean()}
-                    save("last.pt", step)
+                    save("last.pt")
                     if returns.mean() > best:
                         best = returns.mean()
-                        save("best.pt", step)
-                row |= {name: it.get(name, "") for name in ("temperature", "entropy", "q", "loss_q", "loss_pi")}
-                writer = csv.DictWriter(file, row)
-                if step == per_iteration:
-                    writer.writeheader()
-                writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-                file.flush()
-                total = sum(seconds.values())
-                bar.update(min(step, config.steps) - bar.n)
-                bar.set_postfix_str(f"return {row['return']:.2f}" + (f", success {row['success']:.0%}" if config.goal else "") + ", "
-                                    + " ".join(f"{part} {value / total:.0%}" for part, value in seconds.items()))
+                        save("best.pt")
+                log(row, it["seconds"], file, bar)
     except KeyboardInterrupt:
-        save("last.pt", step)
+        save("last.pt")
         print(f"\nstopped after {step} steps; the last policy is {folder}/last.pt", file=sys.stderr)
         raise
     agent.load_state_dict(torch.load(folder / "best.pt", weights_only=True)["agent"])
     results = [test(test_world, agent, label, config.seed + 2_000_000 + i * TEST_EPISODES) for i in range(4)]
-    returns, success = map(np.concatenate, zip(*results))
+    returns, success = map(np.concatenate, zip(*results))                                                           # (100,)
     if label:
         film_strip(agent, config, folder / "film.png")
     print(f"best policy, {len(returns)} deterministic episodes: {'CLIP' if label else 'criterion'} return {returns.mean():.2f}"
           + (f", success rate {success.mean():.0%}" if config.goal else "")
           + f", {(time.time() - start) / 60:.1f} minutes in all; see {folder}", flush=True)
+
+
+def log(row, seconds, file, bar):
+    """One row of progress.csv, and the figures behind the progress bar."""
+    writer = csv.DictWriter(file, row)
+    if file.tell() == 0:
+        writer.writeheader()
+    writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+    file.flush()
+    shares = " ".join(f"{part} {value / sum(seconds.values()):.0%}" for part, value in seconds.items())
+    bar.set_postfix_str(f"return {row['return']:.2f}, success {row['success']:.0%}, {shares}")
 
 
 # ---------------------------------------------------------------------------------------------------------- the command line
@@ -532,7 +544,7 @@ def parse(argv):
     p.add_argument("--clip", metavar="NAME|FOLDER", help="open_clip architecture/tag, or a folder with config and weights")
     p.add_argument("--looks", choices=("paper", "original", "plain"), help="how the world is drawn")
     p.add_argument("--reward", choices=("clip", "truth"), default="clip", help="truth: train on the task's criterion instead")
-    p.add_argument("--steps", type=int, help="transitions in all")
+    p.add_argument("--steps", type=int, help="transitions in all, rounded up to whole episodes")
     p.add_argument("--num-envs", type=int, help="simulations")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", help="the run's folder (default: runs/<prompt>)")
@@ -546,7 +558,7 @@ def parse(argv):
     args.goal = named.goal if args.env_id == named.env_id else None
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     args.clip = str(TINY_CLIP) if args.clip == "tiny_clip" else args.clip
-    lesson = args.clip in (None, str(TINY_CLIP)) and (args.device == "cpu" or args.clip is not None)
+    lesson = args.clip == str(TINY_CLIP) or args.clip is None and args.device == "cpu"
     settings = (LESSON if lesson else PAPER) | (CARTPOLE if args.env_id == "InvertedPendulum-v5" else {})
     for name, value in settings.items():
         if getattr(args, name, None) is None:
@@ -564,8 +576,8 @@ def parse(argv):
     return args
 
 
-def main():
-    train(parse(None))
+def main(argv=None):
+    train(parse(argv))
 
 
 if __name__ == "__main__":

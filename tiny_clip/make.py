@@ -11,9 +11,11 @@ state is a log-odds in [-4, 2.5] that falls smoothly with the distance from the 
 and less: the cosine learns this slope, and a policy can climb it.
 """
 import json
+import multiprocessing
 import random
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -48,32 +50,26 @@ def below(x, limit, slope):
     return above(-x, -limit, slope)
 
 
-def side_by_side(world, of):
-    return of("right"), of("left")
-
-
 def knee(world, side):
-    """How far a knee is from being knelt on."""
-    return (above(world.height(f"{side}_shin"), 0.058, 6) + above(world.axis(f"{side}_shin", "x")[:, 2], -0.6, 1.5))
+    """How far a knee is from being knelt on: steep near the floor, so that hovering is worth much less than touching."""
+    hover = 1 - np.exp(-np.maximum(0, vlmrm.knee_gap(world, side) - 0.01) / 0.08)
+    return -2.5 * hover + above(world.axis(f"{side}_shin", "x")[:, 2], -0.6, 1.2)
 
 
 def hands(world):
-    """Lower and higher hand, as heights above the torso."""
-    hand = world.xpos + world.xmat.reshape(*world.xmat.shape[:2], 3, 3) @ np.array([0.18, 0.18, 0.18])
-    right = hand[:, world.model.body("right_lower_arm").id, 2]
-    hand = world.xpos + world.xmat.reshape(*world.xmat.shape[:2], 3, 3) @ np.array([0.18, -0.18, 0.18])
-    left = hand[:, world.model.body("left_lower_arm").id, 2]
-    torso = world.height("torso")
-    return np.minimum(left, right) - torso, np.maximum(left, right) - torso
+    """Heights of the lower and the higher hand above the torso."""
+    right, left = (world.point(f"{side}_lower_arm", (0.18, y, 0.18))[:, 2] - world.point("torso")[:, 2]
+                   for side, y in (("right", 0.18), ("left", -0.18)))
+    return np.minimum(right, left), np.maximum(right, left)
 
 
 def humanoid_truth(world):
     """concept -> log-odds (num_envs,)"""
     up, front = world.axis("torso", "z")[:, 2], world.axis("torso", "x")[:, 2]
-    torso, pelvis = world.height("torso"), world.height("pelvis")
+    torso, pelvis = world.point("torso")[:, 2], world.point("pelvis")[:, 2]
     right, left = knee(world, "right"), knee(world, "left")
     upright = below(up, 0.85, 5)
-    shins = world.height("right_shin"), world.height("left_shin")
+    shins = world.point("right_shin")[:, 2], world.point("left_shin")[:, 2]
     lowest_knee, highest_knee = np.minimum(*shins), np.maximum(*shins)
     low_hand, high_hand = hands(world)
     kneeling = 0.5 * (right + left) + 0.5 * np.minimum(right, left) + upright
@@ -173,7 +169,7 @@ def drop(world, qpos, rng, steps):
     """Put poses on the floor and let them move under random torques; the states on the way, (n, nq)."""
     qpos[:, 2] = 1.5
     world.set_state(qpos)
-    lowest = np.min([world.height(b) for b in ("torso", "pelvis", "right_shin", "left_shin", "right_foot", "left_foot",
+    lowest = np.min([world.point(b)[:, 2] for b in ("torso", "pelvis", "right_shin", "left_shin", "right_foot", "left_foot",
                                                "right_lower_arm", "left_lower_arm")], 0)
     qpos[:, 2] -= lowest - 0.08
     world.set_state(qpos)
@@ -229,25 +225,38 @@ def random_states(rng, n=64):
     return np.concatenate(states)
 
 
-def policy_states(seed, iterations, label=None, concept="kneeling"):
-    """States that SAC visits while it learns on the picture model (`label`) or on the simulator's log-odds of `concept`."""
+def policy_pictures(job):
+    """Pictures, with their truth, of states that SAC visits while it learns: job = (seed, iterations, how many, concept).
+
+    It learns on the simulator's log-odds of `concept`, or, if that is None, on the picture model in this folder.
+    """
+    seed, iterations, n, concept = job
+    torch.set_num_threads(1)  # two of these run side by side
     torch.manual_seed(seed)
-    world = vlmrm.World("Humanoid-v5", 32, SIZE, "plain", reset_noise_scale=0.02)
-    if label is None:
+    world = vlmrm.World("Humanoid-v5", 32, SIZE, "plain", reset_noise_scale=0.03, num_threads=1)
+    label = None
+    if concept:
         world.goal = lambda world: humanoid_truth(world)[concept]
+    else:
+        world.goal = lambda world: vlmrm.kneeling(world).astype(float)
+        reward = vlmrm.CLIPReward("a humanoid robot kneeling", clip=str(HERE))
+        label = lambda frames: reward(np.concatenate(frames))
     states, step = [], world.step
+
     def recording(action):
         result = step(action)
         states.append(world.qpos.copy())
         return result
     world.step = recording
-    agent = sac.SAC(45, 17, gamma=0.97, lr=5e-4, hidden=128, temperature=0.05, layer_norm=True)
+    agent = sac.SAC(45, 17, gamma=0.95, lr=6e-4, hidden=128, temperature=0.05, layer_norm=True)
     for it in sac.train(world, agent, sac.Replay(200_000, 45, 17), 3200 * iterations, rollout_steps=100, updates=400,
                         batch_size=256, learning_starts=6400, label=label, reward_std=0.3, seed=seed):
-        if it["step"] % 32_000 == 0:
-            print(f"    seed {seed} {it['step']:7d} transitions, reward {it['reward']:.3f}, truth {it['truth']:.3f}", flush=True)
+        if it["step"] % 16_000 == 0:
+            print(f"    seed {seed} {it['step']:7d} transitions, reward {it['reward'].mean():.3f}, truth {it['truth'].mean():.3f}", flush=True)
     world.close()
-    return np.concatenate(states)
+    states = np.concatenate(states)
+    rows = np.random.default_rng(seed).choice(len(states), min(n, len(states)), replace=False)
+    return pictures("Humanoid-v5", states[rows])
 
 
 # ------------------------------------------------------------------------------------------------------------ the training
@@ -325,29 +334,25 @@ def main():
     random.seed(0)
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
-    pick = lambda states, n: states[rng.choice(len(states), min(n, len(states)), replace=False)]
-
-    clock("states: random rollouts and poses, policies that learn on the simulator's judgement")
-    qpos = np.concatenate([pick(random_states(rng), 24_000)]
-                          + [pick(policy_states(seed, 35), 16_000) for seed in (101, 102)]
-                          + [pick(policy_states(103, 12, concept=c), 4_000) for c in ("one knee", "crouching", "standing")])
+    pool = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"))
+    clock("pictures of policies that learn on the simulator's judgement, of random rollouts and poses, of the cart-pole")
+    jobs = pool.map(policy_pictures, [(101, 32, 18_000, "kneeling"), (102, 32, 18_000, "kneeling"), (103, 10, 4_000, "one knee"),
+                                      (104, 10, 4_000, "crouching"), (105, 10, 4_000, "sitting"), (106, 10, 4_000, "standing")])
+    states = random_states(rng)
     cart = np.stack([rng.uniform(-1, 1, 9000), np.clip(rng.normal(0, rng.choice([0.1, 0.5, 1.2], 9000)), -1.6, 1.6)], 1)
-    clock("pictures")
-    frames, truth = map(np.concatenate, zip(pictures("Humanoid-v5", qpos), pictures("InvertedPendulum-v5", cart)))
-    clock(f"training on {len(frames)} pictures")
+    sets = [pictures("Humanoid-v5", states[rng.choice(len(states), 24_000, replace=False)]), pictures("InvertedPendulum-v5", cart), *jobs]
     model = new_model()
-    fit(model, frames, truth, 1800, 2e-3, rng)
-    save(model)
-    for round, seeds in enumerate([(201, 202), (301, 302)], 1):
-        clock(f"round {round}: policies that learn on the picture model")
-        label = lambda frames: score(model, np.concatenate(frames))
-        new = [pictures("Humanoid-v5", pick(policy_states(seed, 30, label=label), 14_000)) for seed in seeds]
-        for seed, (f, t) in zip(seeds, new):
-            report(model, f"policy states of seed {seed}, unseen", f, t)
-        frames, truth = np.concatenate([frames, *(f for f, _ in new)]), np.concatenate([truth, *(t for _, t in new)])
+    for steps, seeds in ((1400, (201, 202)), (900, (301, 302)), (1300, ())):
+        frames, truth = map(np.concatenate, zip(*sets))
         clock(f"training on {len(frames)} pictures")
-        fit(model, frames, truth, 1300, 1e-3, rng)
+        fit(model, frames, truth, steps, 1.5e-3, rng)
         save(model)
+        if seeds:
+            clock("policies that learn on the picture model")
+            new = list(pool.map(policy_pictures, [(seed, 30, 14_000, None) for seed in seeds]))
+            for seed, (frames, truth) in zip(seeds, new):
+                report(model, f"policy states of seed {seed}, unseen", frames, truth)
+            sets += new
     clock("done")
 
 

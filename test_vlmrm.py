@@ -1,0 +1,502 @@
+"""Tests against oracles: other libraries, closed forms, Gymnasium's own environments, and short real runs. Run: pytest"""
+import csv
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+import sac
+import vlmrm
+from vlmrm import TASKS, TINY_CLIP, CLIPReward, UsageError, World, goal_baseline_reward
+
+HERE = Path(__file__).parent
+WORLDS = {  # our world -> the Gymnasium task that it must equal bit for bit
+    "Humanoid-v5": dict(terminate_when_unhealthy=False, include_cinert_in_observation=False, include_cvel_in_observation=False,
+                        include_qfrc_actuator_in_observation=False, include_cfrc_ext_in_observation=False),
+    "InvertedPendulum-v5": {},
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------- the reward
+
+def unit(*shape):
+    return torch.nn.functional.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
+
+
+@pytest.mark.parametrize("alpha", [0, 0.25, 0.5, 0.9, 1])
+def test_reward_equals_the_matrix_form_of_eq_3(alpha):
+    torch.manual_seed(0)
+    s, g, b = unit(50, 32), unit(32), unit(32)
+    d = (g - b)[:, None]
+    proj = g + (s - g) @ (d @ d.T / (d.T @ d))  # onto the affine line through b and g
+    expected = 1 - 0.5 * (alpha * proj + (1 - alpha) * s - g).square().sum(-1)
+    got = goal_baseline_reward(s.float(), g.float(), b.float(), alpha)
+    assert got.shape == (50,)
+    torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=0)
+
+
+def test_reward_with_alpha_0_is_the_cosine_even_if_goal_is_baseline():
+    torch.manual_seed(1)
+    s, g, b = unit(20, 16), unit(16), unit(16)
+    for baseline in (b, g):
+        torch.testing.assert_close(goal_baseline_reward(s, g, baseline, 0.0), torch.cosine_similarity(s, g[None]), atol=1e-6, rtol=0)
+
+
+def clip_folder(path, **preprocess):
+    """A copy of tiny_clip with other preprocessing: a second and third model."""
+    shutil.copytree(TINY_CLIP, path, ignore=shutil.ignore_patterns("*.py", "*.md", "__pycache__"))
+    config = json.loads((path / "open_clip_config.json").read_text())
+    config["preprocess_cfg"] |= preprocess
+    (path / "open_clip_config.json").write_text(json.dumps(config))
+    return str(path)
+
+
+def random_pictures(n, height, width, seed=0):
+    """Smooth coloured noise plus sharp edges, uint8 (n, height, width, 3)."""
+    rng = np.random.default_rng(seed)
+    coarse = [Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8)).resize((width, height)) for _ in range(n)]
+    frames = np.stack([np.asarray(picture) for picture in coarse]).copy()
+    frames[:, height // 3:height // 2, width // 4:width // 2] = 255 * (np.arange(3) == 1)
+    return frames
+
+
+@pytest.mark.parametrize("size", [(64, 64), (224, 224), (48, 48), (120, 161)])
+@pytest.mark.parametrize("config", [{}, dict(mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5], resize_mode="squash", interpolation="bilinear"),
+                                    dict(mean=[0.1, 0.2, 0.3], std=[0.3, 0.2, 0.1], resize_mode="longest")])
+def test_preprocessing_equals_open_clips_own(tmp_path, config, size):
+    folder = clip_folder(tmp_path / "clip", **config)
+    reward = CLIPReward("a humanoid robot kneeling", clip=folder)
+    model, transform = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+    frames = random_pictures(3, *size)
+    ours = reward.preprocess(torch.from_numpy(frames))
+    theirs = torch.stack([transform(Image.fromarray(frame)) for frame in frames])
+    assert ours.shape == theirs.shape
+    std = torch.tensor(model.visual.preprocess_cfg["std"]).view(3, 1, 1)  # differences before normalisation
+    difference = ((ours - theirs) * std).abs()
+    assert difference.max() < 1 / 255 if size == (64, 64) else difference.mean() < 2 / 255
+
+
+def test_clip_reward_equals_open_clip_step_by_step():
+    prompts, baselines = ["a humanoid robot kneeling", "a robot on both knees"], "a humanoid robot"
+    reward = CLIPReward(prompts, baselines, alpha=0.3)
+    model, transform = open_clip.create_model_from_pretrained(f"local-dir:{TINY_CLIP}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{TINY_CLIP}")
+    frames = random_pictures(5, 64, 64)
+    with torch.no_grad():
+        s = model.encode_image(torch.stack([transform(Image.fromarray(frame)) for frame in frames]), normalize=True)
+        g = model.encode_text(tokenizer(prompts), normalize=True).mean(0)
+        b = model.encode_text(tokenizer([baselines]), normalize=True)[0]
+    got = reward(frames)
+    assert got.shape == (5,) and got.dtype == torch.float32 and not got.requires_grad
+    torch.testing.assert_close(got, goal_baseline_reward(s, g, b, 0.3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(reward.embed(frames, chunk=2), s, atol=1e-5, rtol=0)
+
+
+def test_clip_reward_keeps_only_the_image_tower_and_nothing_to_train():
+    reward = CLIPReward("a humanoid robot kneeling")
+    assert reward.image_size == 64
+    assert {name.split(".")[0] for name, _ in reward.named_parameters()} == {"visual"}
+    assert not any(p.requires_grad for p in reward.parameters()) and not reward.visual.training
+
+
+def test_words_that_the_model_never_saw_are_named(capsys):
+    CLIPReward("a humanoid robot juggling flamingos")
+    assert "never saw the words: flamingos, juggling" in capsys.readouterr().err
+    CLIPReward("a humanoid robot kneeling")
+    assert capsys.readouterr().err == ""
+
+
+def test_tiny_clip_is_small_half_precision_and_prefers_true_captions():
+    from safetensors.torch import load_file
+    weights = TINY_CLIP / "open_clip_model.safetensors"
+    assert weights.stat().st_size <= 8e6
+    assert {tensor.dtype for tensor in load_file(weights).values() if tensor.is_floating_point()} == {torch.float16}
+    world = World("Humanoid-v5", 3, 64, "plain")
+    world.set_state(np.stack([pose(world), pose(world, hip=-70, knee=-150, height=0.35), pose(world, hip=0, knee=-5, height=1.4)]))
+    rewards = CLIPReward(TASKS["kneeling"].prompt)(world.render())
+    assert min(rewards[0], rewards[1]) > rewards[2] + 0.2
+    cart = World("InvertedPendulum-v5", 3, 64, "plain")
+    cart.set_state(np.array([[0.2, 0.0], [0.2, 0.4], [0.2, -1.0]]))
+    rewards = CLIPReward(TASKS["cartpole"].prompt, TASKS["cartpole"].baseline)(cart.render())
+    assert rewards[0] > rewards[1] > rewards[2] - 0.05
+
+
+# ----------------------------------------------------------------------------------------------------------------- the world
+
+@pytest.mark.parametrize("env_id", WORLDS)
+@pytest.mark.parametrize("seed", [0, 17])
+def test_world_equals_gymnasium_bit_for_bit(env_id, seed):
+    world = World(env_id, 3)
+    theirs = [gym.make(env_id, **WORLDS[env_id]).unwrapped for _ in range(3)]
+    rng = np.random.default_rng(seed)
+    for episode_seed in (seed, None):  # the second episode goes on with the simulations' own random streams
+        obs, _ = world.reset(seed=episode_seed)
+        expected = [env.reset(seed=None if episode_seed is None else seed + i)[0] for i, env in enumerate(theirs)]
+        np.testing.assert_array_equal(obs, expected)
+        for _ in range(100):
+            action = rng.uniform(world.action_space.low, world.action_space.high).astype(np.float32)
+            obs, _, terminated, truncated, _ = world.step(action)
+            np.testing.assert_array_equal(obs, [env.step(a)[0] for env, a in zip(theirs, action)])
+            np.testing.assert_array_equal(world.qpos, [env.data.qpos for env in theirs])
+            np.testing.assert_array_equal(world.qvel, [env.data.qvel for env in theirs])
+        assert not terminated.any() and truncated.all() == (world.scene.episode_length == 100)
+    assert world.single_action_space == theirs[0].action_space
+    assert world.single_observation_space == theirs[0].observation_space
+
+
+@pytest.mark.parametrize("env_id", WORLDS)
+def test_one_and_two_threads_give_the_same_bits_and_pictures_leave_physics_alone(env_id):
+    one, two = World(env_id, 4, num_threads=1), World(env_id, 4, 32, "plain", num_threads=2)
+    rng = np.random.default_rng(0)
+    one.reset(seed=3), two.reset(seed=3)
+    for _ in range(60):
+        action = rng.uniform(one.action_space.low, one.action_space.high)
+        a, b = one.step(action), two.step(action)
+        two.render()
+        np.testing.assert_array_equal(a[0], b[0])
+    np.testing.assert_array_equal(one.qpos, two.qpos)
+
+
+def test_resetting_some_simulations_leaves_the_others_alone():
+    world = World(num_envs=3)
+    world.reset(seed=0)
+    for _ in range(5):
+        obs = world.step(world.action_space.sample())[0]
+    after, _ = world.reset(options={"reset_mask": np.array([False, True, False])})
+    np.testing.assert_array_equal(after[[0, 2]], obs[[0, 2]])
+    assert (after[1] != obs[1]).all() and world.elapsed.tolist() == [5, 0, 5]
+
+
+def test_last_picture_is_of_the_last_state_and_observations_match_states():
+    world, states = World("InvertedPendulum-v5", 2, 64, "plain"), []
+    step = world.step
+
+    def recording(action):
+        result = step(action)
+        states.append((world.qpos.copy(), world.qvel.copy()))
+        return result
+    world.step = recording
+    obs, _ = world.reset(seed=0)
+    block, frames, obs = sac.rollout(world, obs, lambda obs: np.full((2, 1), 0.1, np.float32), 201, render=True)
+    other = World("InvertedPendulum-v5", 2, 64, "plain")
+    for t in (0, 7, 199, 200):  # 199 is the last state before the reset
+        other.set_state(*states[t])
+        np.testing.assert_array_equal(block.next_obs[t], other.observe())
+        np.testing.assert_array_equal(frames[t], other.render())
+    assert not np.array_equal(block.next_obs[199], block.obs[200])  # the reset one begins the next episode
+    assert block.terminated.sum() == 0
+    np.testing.assert_array_equal(block.obs[1:200], block.next_obs[:199])
+
+
+def test_original_looks_are_gymnasiums():
+    theirs = gym.make("Humanoid-v5", render_mode="rgb_array", width=96, height=96)
+    theirs.reset(seed=0)
+    world = World("Humanoid-v5", 1, 96, "original")
+    world.reset(seed=0)
+    ours, expected = world.render()[0].astype(int), theirs.render().astype(int)
+    assert np.abs(ours - expected).mean() < 3  # their buffer is larger: edges are not smoothed the same
+
+
+@pytest.mark.parametrize("looks", ["paper", "original", "plain"])
+def test_every_look_shows_the_robot_move(looks):
+    world = World("Humanoid-v5", 2, 64, looks)
+    world.set_state(np.stack([pose(world), pose(world, hip=0, knee=-5, height=1.4)]))
+    kneeling, standing = world.render().astype(int)
+    assert kneeling.shape == (64, 64, 3) and np.abs(kneeling - standing).mean() > 2
+
+
+def pose(world, hip=-10.0, knee=-100.0, height=None, pitch=0.0, left_knee=None):
+    """A state by hand: both hips and knees in degrees, torso height in m (None: lowest knee on the floor), pitch forward."""
+    qpos = world.model.qpos0.copy()
+    for side, value in (("right", knee), ("left", knee if left_knee is None else left_knee)):
+        for joint, angle in ((f"{side}_hip_y", hip), (f"{side}_knee", value)):
+            qpos[world.model.joint(joint).qposadr[0]] = math.radians(angle)
+    qpos[3:7] = math.cos(math.radians(pitch) / 2), 0, math.sin(math.radians(pitch) / 2), 0
+    if height is None:
+        data = mujoco.MjData(world.model)
+        data.qpos[:] = qpos
+        mujoco.mj_kinematics(world.model, data)
+        qpos[2] -= min(data.body(f"{side}_shin").xpos[2] for side in ("right", "left")) - 0.05
+    else:
+        qpos[2] = height
+    return qpos
+
+
+@pytest.mark.parametrize("expected, how", [
+    (True, dict()), (True, dict(hip=-60, knee=-150)), (True, dict(pitch=20, hip=-30)),      # upright, on the heels, leaning a little
+    (False, dict(hip=0, knee=-5, height=1.4)), (False, dict(height=1.2)),                   # standing, kneeling in the air
+    (False, dict(left_knee=-20)), (False, dict(pitch=80, hip=-90)),                         # one shin forward, fallen forward
+    (False, dict(hip=-90, knee=-5)), (False, dict(pitch=-60, hip=30)),                      # legs stretched out, fallen back
+])
+def test_kneeling_criterion_on_poses_by_hand(expected, how):
+    world = World(num_envs=1)
+    world.set_state(pose(world, **how)[None])
+    assert TASKS["kneeling"].goal(world).tolist() == [expected]
+
+
+def test_balanced_criterion_is_the_reward_of_step():
+    world = World("InvertedPendulum-v5", 3, goal=TASKS["cartpole"].goal)
+    world.reset(seed=0)
+    world.set_state(np.array([[0, 0.0], [0, 0.5], [0.5, -0.199]]))
+    assert TASKS["cartpole"].goal(world).tolist() == [True, False, True]
+    assert world.step(np.zeros((3, 1)))[1].tolist() == [1, 0, 0]  # the third falls across the limit in this step
+
+
+# ----------------------------------------------------------------------------------------------------------------------- SAC
+
+def test_logp_equals_torch_distributions():
+    torch.manual_seed(0)
+    actor, obs = sac.Actor(5, 3).double(), torch.randn(200, 5, dtype=torch.float64)
+    action, logp = actor.sample(obs)
+    mean, log_std = actor(obs)
+    oracle = torch.distributions.TransformedDistribution(torch.distributions.Normal(mean, log_std.exp()),
+                                                         torch.distributions.TanhTransform(cache_size=0))
+    assert logp.shape == (200,) and action.abs().max() <= 1
+    torch.testing.assert_close(logp, oracle.log_prob(action).sum(-1), atol=1e-6, rtol=1e-6)
+
+
+def test_logp_stays_finite_where_tanh_saturates():
+    actor = sac.Actor(2, 1)
+    with torch.no_grad():
+        actor.net[-1].bias.copy_(torch.tensor([30.0, -1.0]))  # mean 30: tanh is 1 in float32
+    action, logp = actor.sample(torch.zeros(4, 2))
+    assert (action == 1).all() and torch.isfinite(logp).all() and (logp > 50).all()
+
+
+def test_q_target_by_hand_for_a_terminated_and_a_truncated_transition():
+    torch.manual_seed(0)
+    agent = sac.SAC(3, 2, gamma=0.9, temperature=0.5)
+    batch = sac.Transitions(torch.randn(2, 3), torch.rand(2, 2), torch.tensor([1.0, 2.0]), torch.randn(2, 3), torch.tensor([1.0, 0.0]))
+    torch.manual_seed(5)
+    target = agent.q_target(batch)
+    torch.manual_seed(5)
+    action, logp = agent.actor.sample(batch.next_obs)
+    q = agent.target_critic(batch.next_obs, action)
+    assert q.shape == (2, 2) and target.shape == (2,)
+    assert target[0].item() == 1.0  # terminated: no bootstrap
+    assert target[1].item() == pytest.approx(2.0 + 0.9 * (min(q[0, 1].item(), q[1, 1].item()) - 0.5 * logp[1].item()), rel=1e-5)
+
+
+def test_a_time_limit_is_stored_as_not_terminated_and_a_true_end_as_terminated():
+    env = sac.make_envs("InvertedPendulum-v5", 1, gym.vector.AutoresetMode.DISABLED)  # ends when the pole leans over 0.2 rad
+    obs, _ = env.reset(seed=0)
+    block, _, _ = sac.rollout(env, obs, lambda obs: np.ones((1, 1), np.float32), 40)
+    assert 0 < block.terminated.sum() < 40
+    ends = np.abs(block.next_obs[:, 0, 1]) > 0.2
+    np.testing.assert_array_equal(block.terminated[:, 0], ends)
+    pendulum = sac.make_envs("Pendulum-v1", 1, gym.vector.AutoresetMode.DISABLED)      # only ever ends by its limit of 200 steps
+    obs, _ = pendulum.reset(seed=0)
+    block, _, _ = sac.rollout(pendulum, obs, lambda obs: np.zeros((1, 1), np.float32), 201)
+    assert block.terminated.sum() == 0 and not np.array_equal(block.next_obs[199], block.obs[200])
+
+
+def test_actions_reach_the_environment_in_its_own_units():
+    world = World(num_envs=2)
+    low, high = (np.unique(sac.to_env(world, np.full((2, 17), a, np.float32))) for a in (-1, 1))
+    assert low == pytest.approx([-0.4]) and high == pytest.approx([0.4])
+
+
+def test_replay_wraps_around():
+    replay = sac.Replay(5, 1, 1)
+    for start in (0, 3, 6):
+        x = np.arange(start, start + 3, dtype=np.float64)
+        replay.add(x[:, None], x[:, None] / 10, x, x[:, None] + 1, x * 0)
+    assert sorted(replay.data.reward.tolist()) == [4, 5, 6, 7, 8] and replay.size == 5
+    sample = replay.sample(100)
+    assert sample.obs.shape == (100, 1) and sample.reward.shape == (100,)
+    torch.testing.assert_close(sample.obs[:, 0], sample.reward)
+    torch.testing.assert_close(sample.next_obs[:, 0], sample.reward + 1)
+    with pytest.raises(ValueError, match="does not fit"):
+        replay.add(*(np.zeros((6, 1)),) * 2, np.zeros(6), np.zeros((6, 1)), np.zeros(6))
+
+
+def test_layers_of_the_twin_critic_equal_two_separate_networks():
+    critic = sac.Critic(3, 2, hidden=8)
+    obs, action = torch.randn(6, 3), torch.rand(6, 2)
+    for k in range(2):
+        x = torch.cat([obs, action], -1)
+        for layer in critic.net:
+            x = torch.nn.functional.linear(x, layer.weight[k].T, layer.bias[k, 0]) if isinstance(layer, sac.TwinLinear) else layer(x)
+        torch.testing.assert_close(critic(obs, action)[k], x[:, 0])
+
+
+def test_update_moves_every_part_and_targets_by_tau():
+    torch.manual_seed(0)
+    agent = sac.SAC(3, 2, tau=0.1)
+    batch = sac.Transitions(torch.randn(32, 3), torch.rand(32, 2), torch.randn(32), torch.randn(32, 3), torch.zeros(32))
+    before = {name: value.clone() for name, value in agent.state_dict().items()}
+    metrics = agent.update(batch)
+    after = agent.state_dict()
+    assert all(not value.requires_grad and value.ndim == 0 for value in metrics.values())
+    for name in after:
+        assert name.endswith(("_mean", "_std")) or not torch.equal(before[name], after[name]), name
+        if name.startswith("target_critic"):
+            expected = before[name].lerp(after[name.replace("target_", "")], 0.1)
+            torch.testing.assert_close(after[name], expected)
+
+
+def test_temperature_falls_when_entropy_is_above_target():
+    torch.manual_seed(0)
+    agent = sac.SAC(3, 2, temperature=0.5)
+    batch = sac.Transitions(torch.randn(64, 3), torch.rand(64, 2), torch.randn(64), torch.randn(64, 3), torch.zeros(64))
+    metrics = agent.update(batch)
+    assert metrics["entropy"] > agent.target_entropy and metrics["temperature"] < 0.5
+
+
+def test_fixed_scales_come_from_the_random_phase():
+    agent = sac.SAC(3, 2)
+    batch = sac.Transitions(5 + 2 * torch.randn(500, 3), torch.rand(500, 2), 0.3 + 0.03 * torch.randn(500), torch.randn(500, 3), torch.zeros(500))
+    agent.fit_scales(batch, 0.5)
+    scaled = agent.rescale(batch)
+    assert scaled.obs.mean().abs() < 1e-4 and scaled.obs.std().item() == pytest.approx(1, abs=0.01)
+    assert scaled.reward.mean().abs() < 1e-4 and scaled.reward.std().item() == pytest.approx(0.5, abs=0.01)
+
+
+def test_sac_learns_pendulum():
+    torch.manual_seed(0)
+    env = sac.make_envs("Pendulum-v1", 1, gym.vector.AutoresetMode.DISABLED)
+    agent, replay = sac.SAC(3, 1, lr=2e-3, hidden=64), sac.Replay(6000, 3, 1)
+    for _ in sac.train(env, agent, replay, 6000, rollout_steps=50, updates=50, batch_size=128, learning_starts=500, seed=0):
+        pass
+    returns = sac.evaluate(sac.make_envs("Pendulum-v1", 20, gym.vector.AutoresetMode.NEXT_STEP), agent, seed=1)
+    assert returns.mean() > -250  # about -1200 before training
+
+
+# ----------------------------------------------------------------------------------------------------------- the whole program
+
+@pytest.mark.parametrize("argv, message", [
+    (["--prompt", ""], "prompt is empty"),
+    (["--prompt", "x", "--clip", "ViT-bigG-41/laion2b"], "near: ViT-bigG-14"),
+    (["--prompt", "x", "--clip", "ViT-B-32/laion2b"], "laion2b_s34b_b79k"),
+    (["--prompt", "x", "--clip", "{tmp}/empty"], "needs open_clip_config.json"),
+    (["--prompt", "x", "--clip", "{tmp}/weightless"], "open_clip_model.safetensors"),
+    (["--prompt", "x", "--alpha", "1.5"], "alpha is 1.5"),
+    (["--prompt", "x", "--alpha", "nan"], "alpha is nan"),
+    (["--prompt", "a robot", "--baseline", "a robot", "--alpha", "0.5"], "must differ"),
+    (["--prompt", "x", "--steps", "0"], "--steps must be at least 1"),
+    (["--prompt", "x", "--num-envs", "-2"], "--num-envs must be at least 1"),
+    (["--prompt", "x", "--seed", "-1"], "--seed must be at least 0"),
+    (["--task", "kneeling", "--out", "{tmp}/empty"], "exists and is not overwritten"),
+    (["--prompt", "x", "--reward", "truth"], "--task kneeling"),
+    ([], "--prompt"),
+    (["--task", "flying"], "invalid choice"),
+])
+def test_bad_input_is_one_line_and_exit_code_2(argv, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "weightless").mkdir()
+    shutil.copy(TINY_CLIP / "open_clip_config.json", tmp_path / "weightless")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        sac.exit_with_one_line(lambda: vlmrm.main([a.format(tmp=tmp_path) for a in argv]))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert stop.value.code == 2 and len(lines) == 1 and message in lines[0]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_unreachable_hub_says_what_to_do_offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # spares the hub's client its 45 s of retries
+    with pytest.raises(UsageError, match="hub.*Offline.*tiny_clip"):
+        CLIPReward("x", clip="ViT-B-32/laion2b_s34b_b79k")
+
+
+def run(*argv, cwd, **env):
+    import os
+    return subprocess.Popen([sys.executable, *map(str, argv)], cwd=cwd, env=os.environ | env, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)
+
+
+def test_no_opengl_says_what_to_install(tmp_path):
+    code = ("import sys, builtins, importlib.abc\n"
+            "class Missing(importlib.abc.MetaPathFinder):\n"
+            "    def find_spec(self, name, *rest):\n"
+            "        if name.startswith('OpenGL'): raise ImportError('libEGL.so.1 not found')\n"
+            "sys.meta_path.insert(0, Missing())\n"
+            f"sys.path.insert(0, {str(HERE)!r})\n"
+            "import sac, vlmrm\n"
+            "sac.exit_with_one_line(lambda: vlmrm.main(['--task', 'kneeling']))\n")
+    process = run("-c", code, cwd=tmp_path, MUJOCO_GL="")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and "libegl1" in err and "Traceback" not in err and not list(tmp_path.iterdir())
+
+
+def test_training_end_to_end_and_a_second_run_beside_the_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for overrides in (vlmrm.LESSON, vlmrm.CARTPOLE):
+        monkeypatch.setitem(overrides, "updates", 4)
+    monkeypatch.setattr(vlmrm, "TEST_EPISODES", 2)
+    vlmrm.main(["--prompt", "a humanoid robot kneeling", "--steps", "800", "--num-envs", "2"])
+    vlmrm.main(["--task", "kneeling", "--reward", "truth", "--steps", "400", "--num-envs", "2"])
+    vlmrm.main(["--task", "cartpole", "--alpha", "0.5", "--steps", "800", "--num-envs", "2", "--out", "cart"])
+    first, second, cart = Path("runs/a-humanoid-robot-kneeling"), Path("runs/a-humanoid-robot-kneeling-2"), Path("cart")
+    for folder, rows in ((first, 4), (second, 2), (cart, 2)):
+        progress = list(csv.DictReader(open(folder / "progress.csv")))
+        assert len(progress) == rows and float(progress[-1]["loss_q"]) > 0 and progress[-1]["test_return"]
+        assert json.loads((folder / "config.json").read_text())["num_envs"] == 2
+        assert torch.load(folder / "best.pt", weights_only=True)["step"] <= int(progress[-1]["step"])
+    assert Image.open(first / "film.png").size == (1920, 192)
+    out = capsys.readouterr().out
+    assert out.count("success rate") == 3 and "1 update per" in out and "lesson" in out
+
+
+def test_training_labels_with_the_picture_of_the_state_that_was_reached():
+    world = World("InvertedPendulum-v5", 2, 64, "plain")
+    reward = CLIPReward(TASKS["cartpole"].prompt, TASKS["cartpole"].baseline)
+    agent, replay = sac.SAC(4, 1, hidden=16), sac.Replay(1000, 4, 1)
+    for it in sac.train(world, agent, replay, 400, rollout_steps=200, updates=1, batch_size=16, learning_starts=0,
+                        label=lambda frames: reward(np.concatenate(frames))):
+        pass
+    check = World("InvertedPendulum-v5", 400, 64, "plain")
+    next_obs = replay.data.next_obs[:400].double().numpy()
+    check.set_state(next_obs[:, :2], next_obs[:, 2:])
+    # Stored observations are float32, so a few pixels may differ by one step of brightness.
+    torch.testing.assert_close(replay.data.reward[:400], reward(check.render()), atol=0.02, rtol=0)
+
+
+def test_same_seed_same_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(vlmrm.CARTPOLE, "updates", 4)
+    monkeypatch.setattr(vlmrm, "TEST_EPISODES", 2)
+    for out in ("a", "b"):
+        vlmrm.main(["--task", "cartpole", "--steps", "800", "--num-envs", "2", "--out", out])
+    a, b = (torch.load(f"{out}/last.pt", weights_only=True)["agent"] for out in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_ctrl_c_ends_soon_and_keeps_the_folder(tmp_path):
+    process = run(HERE / "vlmrm.py", "--task", "cartpole", cwd=tmp_path)
+    folder, deadline = tmp_path / "runs/pole-vertically-upright-on-top-of-the-cart", time.time() + 90
+    while not (folder / "progress.csv").exists() or len((folder / "progress.csv").read_text().splitlines()) < 3:
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=10)
+    assert process.returncode == 130 and "Traceback" not in err and "last.pt" in err
+    assert torch.load(folder / "last.pt", weights_only=True)["step"] >= 3200
+
+
+def test_sac_command_line_ends_with_the_mean_return(tmp_path):
+    process = run(HERE / "sac.py", "--env-id", "Pendulum-v1", "--steps", "300", cwd=tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out.splitlines()[-1].startswith("mean return over 20 deterministic episodes: -")
+
+
+@pytest.mark.parametrize("argv, message", [(["--env-id", "CartPole-v1"], "Box"), (["--env-id", "Pendulumm-v1"], "Pendulum"),
+                                           (["--steps", "0"], "--steps")])
+def test_sac_command_line_bad_input(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        sac.exit_with_one_line(lambda: sac.main(argv))
+    assert stop.value.code == 2 and message in capsys.readouterr().err
