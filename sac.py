@@ -291,9 +291,10 @@ def make_envs(env_id, num_envs, autoreset_mode):
         env = gym.make_vec(env_id, num_envs, "sync", vector_kwargs={"autoreset_mode": autoreset_mode})
     except (gym.error.Error, ImportError) as error:
         raise UsageError(f"--env-id {env_id}: {' '.join(str(error).split())}") from None
-    if not isinstance(env.single_action_space, gym.spaces.Box) or len(env.single_observation_space.shape or ()) != 1:
-        raise UsageError(f"--env-id {env_id}: SAC needs continuous (Box) actions and vector observations, here they are "
-                         f"{env.single_action_space} and {env.single_observation_space}. Try --env-id Pendulum-v1")
+    actions, observations = env.single_action_space, env.single_observation_space
+    if not isinstance(actions, gym.spaces.Box) or not actions.is_bounded() or len(observations.shape or ()) != 1:
+        raise UsageError(f"--env-id {env_id}: SAC needs bounded continuous (Box) actions and vector observations, here they are "
+                         f"{actions} and {observations}. Try --env-id Pendulum-v1")
     return env
 
 

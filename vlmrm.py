@@ -405,8 +405,9 @@ PAPER = dict(clip="ViT-bigG-14/laion2b_s39b_b160k", looks="paper", steps=10_000_
 LESSON = PAPER | dict(clip=str(TINY_CLIP), looks="plain", steps=256_000, updates=800, batch_size=256, learning_starts=6_400,
                       replay=300_000, hidden=128, temperature=0.05, layer_norm=True, reward_std=0.3, reset_noise_scale=0.02,
                       eval_every=16_000)
-CARTPOLE = dict(steps=64_000, num_envs=16, rollout_steps=200, updates=300, batch_size=256, learning_starts=3_200, replay=100_000, gamma=0.97, lr=1e-3,
-                hidden=128, temperature=0.1, layer_norm=True, reward_std=0.3, eval_every=9_600)
+# Balancing pays off late: with gamma 0.97 the cart still drifts to the end of the rail, with 0.99 it does not.
+CARTPOLE = dict(steps=64_000, num_envs=16, rollout_steps=200, updates=300, batch_size=256, learning_starts=3_200, replay=100_000, gamma=0.99,
+                tau=0.01, lr=1e-3, hidden=128, temperature=0.1, layer_norm=True, reward_std=0.3, reset_noise_scale=0.05, eval_every=9_600)
 TEST_EPISODES, TEST_NOISE = 25, 0.05  # per call of `test`; reset noise large enough that the episodes differ
 
 
