@@ -92,6 +92,7 @@ def test_clip_reward_equals_open_clip_step_by_step():
     prompts, baselines = ["a humanoid robot kneeling", "a robot on both knees"], "a humanoid robot"
     reward = CLIPReward(prompts, baselines, alpha=0.3)
     model, transform = open_clip.create_model_from_pretrained(f"local-dir:{TINY_CLIP}")
+    model.eval()
     tokenizer = open_clip.get_tokenizer(f"local-dir:{TINY_CLIP}")
     frames = random_pictures(5, 64, 64)
     with torch.no_grad():
