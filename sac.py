@@ -119,7 +119,7 @@ class SAC(nn.Module):
     def __init__(self, obs_dim, action_dim, *, gamma=0.99, tau=0.005, lr=3e-4, device="cpu", hidden=256,
                  temperature=1.0, layer_norm=False):
         super().__init__()
-        self.gamma, self.tau, self.device, self.target_entropy = gamma, tau, device, -action_dim
+        self.gamma, self.tau, self.lr, self.device, self.target_entropy = gamma, tau, lr, device, -action_dim
         self.actor = Actor(obs_dim, action_dim, hidden)
         self.critic = Critic(obs_dim, action_dim, hidden, layer_norm)
         self.target_critic = Critic(obs_dim, action_dim, hidden, layer_norm).requires_grad_(False)
@@ -228,13 +228,14 @@ def rollout(env, obs, policy, num_steps, render=False, seconds=None):
 
 
 def train(env, agent, replay, total_steps, *, rollout_steps, updates, batch_size, learning_starts, label=None,
-          reward_std=None, seed=0):
+          reward_std=None, lr_decay=False, seed=0):
     """Algorithm 1 of the paper, as a generator that yields a dict after every iteration: `step`, `reward` (what the agent
     learns from) and `truth` (the environment's own), both (rollout_steps, N), the metrics of the last update, and `seconds`.
 
     `label` maps the pictures of a rollout, a list of uint8 (N, H, W, 3), to rewards (num_steps * N,); without it the
     environment's own reward is used and this is plain SAC. Until `learning_starts` transitions are collected actions
     are uniform; if `reward_std` is given, that phase fixes the scales of observations and rewards (`SAC.fit_scales`).
+    `lr_decay` lets the learning rate fall linearly to a tenth, which calms the policy towards the end.
     """
     obs, _ = env.reset(seed=seed)
     size, seconds = (env.num_envs, env.single_action_space.shape[0]), Counter()
@@ -252,6 +253,8 @@ def train(env, agent, replay, total_steps, *, rollout_steps, updates, batch_size
         with timed(seconds, "SAC"):
             if not learning and step >= learning_starts and reward_std:
                 agent.fit_scales(Transitions(*(store[:replay.size] for store in replay.data)), reward_std)
+            for optimizer in (agent.actor_opt, agent.critic_opt, agent.temperature_opt) if lr_decay else ():
+                optimizer.param_groups[0]["lr"] = agent.lr * (1 - 0.9 * step / total_steps)
             for _ in range(updates if step >= learning_starts else 0):
                 metrics = agent.update(replay.sample(batch_size))
             metrics = {name: float(value) for name, value in metrics.items()}  # the iteration's one device sync

@@ -399,11 +399,11 @@ class Painter:
 # Appendix C.2: 32 simulations x 100 steps, then 100 updates, is one iteration.
 PAPER = dict(clip="ViT-bigG-14/laion2b_s39b_b160k", looks="paper", steps=10_000_000, num_envs=32, rollout_steps=100, updates=100, batch_size=512,
              learning_starts=50_000, replay=1_000_000, gamma=0.95, tau=0.005, lr=6e-4, hidden=256, temperature=1.0,
-             layer_norm=False, reward_std=None, reset_noise_scale=0.01, eval_every=128_000)
+             layer_norm=False, reward_std=None, lr_decay=False, reset_noise_scale=0.01, eval_every=128_000)
 # Minutes instead of days: more updates per transition, fixed scales for observations and rewards, a temperature that is
 # out of the way from the start, layer normalisation in the critic, and starts that differ.
 LESSON = PAPER | dict(clip=str(TINY_CLIP), looks="plain", steps=256_000, updates=400, batch_size=256, learning_starts=6_400,
-                      replay=300_000, gamma=0.97, tau=0.01, hidden=128, temperature=0.05, layer_norm=True, reward_std=0.3, reset_noise_scale=0.02,
+                      replay=300_000, gamma=0.97, tau=0.01, hidden=128, temperature=0.05, layer_norm=True, reward_std=0.3, lr_decay=True, reset_noise_scale=0.02,
                       eval_every=16_000)
 # Balancing pays off late: with gamma 0.97 the cart still drifts to the end of the rail, with 0.99 it does not.
 CARTPOLE = dict(steps=64_000, num_envs=16, rollout_steps=200, updates=300, batch_size=256, learning_starts=3_200, replay=100_000, gamma=0.99,
@@ -480,7 +480,9 @@ def train(config):
     folder, start, step = new_folder(config), time.time(), 0
     print(f"writing to {folder}", flush=True)
     (folder / "config.json").write_text(json.dumps({k: v for k, v in vars(config).items() if k != "goal"}, indent=2) + "\n")
-    save = lambda name: torch.save({"step": step, "agent": agent.state_dict()}, folder / name)
+    snapshot = lambda: {name: value.clone() for name, value in agent.state_dict().items()}
+    save = lambda name, state: torch.save({"step": step, "agent": state}, folder / name)
+    collector = snapshot()
     best, top, next_test, episode = -np.inf, -np.inf, 0, []
     per_episode = config.num_envs * world.scene.episode_length
     steps = -(-config.steps // per_episode) * per_episode  # whole episodes
@@ -488,7 +490,7 @@ def train(config):
         with open(folder / "progress.csv", "w", newline="") as file, tqdm(total=steps, unit="step", mininterval=1) as bar:
             for it in sac.train(world, agent, replay, steps, rollout_steps=config.rollout_steps, updates=config.updates,
                                 batch_size=config.batch_size, learning_starts=min(config.learning_starts, steps // 2),
-                                label=label, reward_std=config.reward_std, seed=config.seed):
+                                label=label, reward_std=config.reward_std, lr_decay=config.lr_decay, seed=config.seed):
                 step = it["step"]
                 bar.update(step - bar.n)
                 episode.append(it)
@@ -497,18 +499,22 @@ def train(config):
                 reward, truth = (np.concatenate([it[key] for it in episode]) for key in ("reward", "truth"))        # (T, N)
                 row = {"step": step, "seconds": time.time() - start, "return": reward.sum(0).mean(), "success": (truth.mean(0) >= 0.5).mean(),
                        "test_return": "", "test_success": ""} | {k: it.get(k, "") for k in ("temperature", "entropy", "q", "loss_q", "loss_pi")}
+                # The policy that made these episodes is the one before this iteration's updates: it is tested, not its heir.
+                candidate, collector = collector, snapshot()
                 promising, top, episode = row["return"] > top, max(top, row["return"]), []
                 if promising or step >= min(next_test, steps):
                     next_test = step + config.eval_every
+                    agent.load_state_dict(candidate)
                     returns, success = test(test_world, agent, label, config.seed + 1_000_000)
+                    agent.load_state_dict(collector)
                     row |= {"test_return": returns.mean(), "test_success": success.mean()}
-                    save("last.pt")
+                    save("last.pt", collector)
                     if returns.mean() > best:
                         best = returns.mean()
-                        save("best.pt")
+                        save("best.pt", candidate)
                 log(row, it["seconds"], file, bar)
     except KeyboardInterrupt:
-        save("last.pt")
+        save("last.pt", agent.state_dict())
         print(f"\nstopped after {step} steps; the last policy is {folder}/last.pt", file=sys.stderr)
         raise
     agent.load_state_dict(torch.load(folder / "best.pt", weights_only=True)["agent"])
