@@ -1,10 +1,10 @@
 """Makes tiny_clip: a small CLIP that knows our two worlds, trained on captions that the simulator's state decides.
 
-    python tiny_clip/make.py        # about 50 minutes on 2 slow cores; writes open_clip_config.json and the weights
+    python tiny_clip/make.py        # about 20 minutes on 2 slow cores; writes open_clip_config.json and the weights
 
 Pictures show states from random rollouts, from poses dropped on the floor, from poses near kneeling, and from policies
-while they learn: first on the simulator's own judgement, then, twice, on the picture model itself, so that the model
-sees, with true captions, exactly the pictures by which a policy would fool it.
+while they learn: first on the simulator's own judgement, then on the picture model itself, so that the model sees, with
+true captions, exactly the pictures by which a policy would fool it.
 
 Every picture is compared with every caption (the sigmoid loss of SigLIP, arXiv 2303.15343). How true a caption is of a
 state is a log-odds in [-4, 2.5] that falls smoothly with the distance from the pose it names, as captioners agree less
