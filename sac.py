@@ -142,6 +142,7 @@ class SAC(nn.Module):
         self.reward_std.copy_(batch.reward.std().clamp(min=1e-6) / reward_std)
 
     def rescale(self, batch):
+        """The batch as the networks see it."""
         obs, next_obs = ((x - self.obs_mean) / self.obs_std for x in (batch.obs, batch.next_obs))
         return batch._replace(obs=obs, reward=(batch.reward - self.reward_mean) / self.reward_std, next_obs=next_obs)
 
@@ -161,6 +162,7 @@ class SAC(nn.Module):
         return batch.reward + self.gamma * (1 - batch.terminated) * next_v
 
     def update_critic(self, batch):
+        """Both critics one step towards q_target."""
         q = self.critic(batch.obs, batch.action)                                            # (2, B)
         loss = 0.5 * (q - self.q_target(batch)).square().mean(-1).sum()
         self.critic_opt.zero_grad()
@@ -169,6 +171,7 @@ class SAC(nn.Module):
         return {"q": q.detach().mean(), "loss_q": loss.detach()}
 
     def update_actor_and_temperature(self, batch):
+        """The actor one step towards what the critics like, the temperature towards the target entropy."""
         action, logp = self.actor.sample(batch.obs)
         loss = (self.log_temperature.exp().detach() * logp - self.critic(batch.obs, action).amin(0)).mean()
         self.actor_opt.zero_grad()
@@ -302,6 +305,7 @@ def make_envs(env_id, num_envs, autoreset_mode):
 
 
 def main(argv=None):
+    """The command line."""
     parser = argparse.ArgumentParser(description="Soft Actor-Critic on a Gymnasium task's own reward.")
     parser.add_argument("--env-id", default="Pendulum-v1", help="any task with Box actions (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20_000, help="environment steps (default: %(default)s)")

@@ -197,6 +197,7 @@ def balanced(world):
 
 
 class Task(NamedTuple):
+    """A goal in words, and in the simulator's terms."""
     prompt: str
     goal: Callable | None = None        # goal(world) -> (num_envs,) bool, what the paper's human rater looked for
     env_id: str = "Humanoid-v5"
@@ -219,6 +220,7 @@ TASKS = {
 # ------------------------------------------------------------------------------------------- the world and its pictures
 
 class Scene(NamedTuple):
+    """What Gymnasium's task of the same name consists of, and how it is looked at."""
     xml: str                # one of Gymnasium's own files
     frame_skip: int         # physics steps per environment step
     episode_length: int     # environment steps
@@ -239,6 +241,12 @@ SCENES = {
 
 
 class World(gym.vector.VectorEnv):
+    """Many simulations of one Gymnasium MuJoCo task, bit for bit, in one process (mujoco.batch), with pictures.
+
+    Simulation i reset with seed s equals Gymnasium's task reset with seed s + i: for the humanoid, Humanoid-v5 that is never
+    terminated and observes only qpos[2:] and qvel, 45 numbers. Episodes are `episode_length` steps, then truncated; the
+    caller resets. The reward of `step` is 1.0 where `goal(world)` holds, else 0.0. looks: "paper", "original" or "plain".
+    """
     metadata = {"render_modes": ["rgb_array"], "autoreset_mode": gym.vector.AutoresetMode.DISABLED}
     render_mode = "rgb_array"
 
@@ -250,7 +258,8 @@ class World(gym.vector.VectorEnv):
         self.model = mujoco.MjModel.from_xml_path(self.xml)
         # Arrays bound to the batch are live views of the simulations: what outlives a step is copied.
         self.batch = mujoco.batch.Batch(self.model, num_envs, num_threads)
-        self.qpos, self.qvel, self.ctrl, self.xpos, self.xmat = map(self.batch.bind, ("qpos", "qvel", "ctrl", "xpos", "xmat"))
+        fields = ("qpos", "qvel", "ctrl", "xpos", "xmat")
+        self.qpos, self.qvel, self.ctrl, self.xpos, self.xmat = map(self.batch.bind, fields)
         self.elapsed = np.zeros(num_envs, int)
         self.rngs = [gym.utils.seeding.np_random(None)[0] for _ in range(num_envs)]
         low, high = self.model.actuator_ctrlrange.astype(np.float32).T
@@ -262,7 +271,8 @@ class World(gym.vector.VectorEnv):
         self.painter = None
 
     def observe(self):
-        return np.concatenate([self.qpos[:, self.scene.obs_start:], self.qvel], axis=1)   # (num_envs, obs_dim), a copy
+        """Observations (num_envs, obs_dim) of the current states, float64."""
+        return np.concatenate([self.qpos[:, self.scene.obs_start:], self.qvel], axis=1)  # a copy
 
     def point(self, body, offset=(0, 0, 0)):
         """Where a point of a body, given in the body's own frame in m, is in the world, (num_envs, 3)."""
@@ -397,22 +407,26 @@ class Painter:
 # ------------------------------------------------------------------------------------ training: Algorithm 1 and its settings
 
 # Appendix C.2: 32 simulations x 100 steps, then 100 updates, is one iteration.
-PAPER = dict(clip="ViT-bigG-14/laion2b_s39b_b160k", looks="paper", steps=10_000_000, num_envs=32, rollout_steps=100, updates=100, batch_size=512,
-             learning_starts=50_000, replay=1_000_000, gamma=0.95, tau=0.005, lr=6e-4, hidden=256, temperature=1.0,
-             layer_norm=False, reward_std=None, lr_decay=False, reset_noise_scale=0.01, eval_every=128_000)
+PAPER = dict(
+    clip="ViT-bigG-14/laion2b_s39b_b160k", looks="paper", steps=10_000_000, num_envs=32, rollout_steps=100, updates=100,
+    batch_size=512, learning_starts=50_000, replay=1_000_000, gamma=0.95, tau=0.005, lr=6e-4, lr_decay=False, hidden=256,
+    temperature=1.0, layer_norm=False, reward_std=None, reset_noise_scale=0.01, eval_every=128_000)
 # Minutes instead of days: more updates per transition, fixed scales for observations and rewards, a temperature that is
-# out of the way from the start, layer normalisation in the critic, and starts that differ.
-LESSON = PAPER | dict(clip=str(TINY_CLIP), looks="plain", steps=256_000, updates=400, batch_size=256, learning_starts=6_400,
-                      replay=300_000, gamma=0.97, tau=0.01, hidden=128, temperature=0.05, layer_norm=True, reward_std=0.3, lr_decay=True, reset_noise_scale=0.02,
-                      eval_every=16_000)
+# out of the way from the start, layer normalisation in the critic, and a learning rate that comes to rest.
+LESSON = PAPER | dict(
+    clip=str(TINY_CLIP), looks="plain", steps=256_000, updates=400, batch_size=256, learning_starts=6_400, replay=300_000,
+    gamma=0.97, tau=0.01, lr_decay=True, hidden=128, temperature=0.05, layer_norm=True, reward_std=0.3,
+    reset_noise_scale=0.02, eval_every=16_000)
 # Balancing pays off late: with gamma 0.97 the cart still drifts to the end of the rail, with 0.99 it does not.
-CARTPOLE = dict(steps=64_000, num_envs=16, rollout_steps=200, updates=300, batch_size=256, learning_starts=3_200, replay=100_000, gamma=0.99,
-                tau=0.01, lr=1e-3, hidden=128, temperature=0.1, layer_norm=True, reward_std=0.3, reset_noise_scale=0.05, eval_every=9_600)
-TEST_EPISODES, TEST_NOISE = 25, 0.05  # per call of `test`; reset noise large enough that the episodes differ
+CARTPOLE = dict(
+    steps=64_000, num_envs=16, rollout_steps=200, updates=300, batch_size=256, learning_starts=3_200, replay=100_000,
+    gamma=0.99, tau=0.01, lr=1e-3, hidden=128, temperature=0.1, layer_norm=True, reward_std=0.3, reset_noise_scale=0.05,
+    eval_every=9_600)
+TEST_EPISODES, TEST_NOISE = 25, 0.05  # per call of `evaluate`; reset noise large enough that the episodes differ
 
 
-def test(world, agent, label, seed):
-    """One deterministic episode per simulation: CLIP return (or the criterion's, without `label`) and success, (num_envs,) each.
+def evaluate(world, agent, label, seed):
+    """One deterministic episode per simulation: its CLIP return (the criterion's without `label`) and success, (num_envs,).
 
     An episode is a success when the criterion holds in at least half of its steps (section 4.3).
     """
@@ -430,7 +444,8 @@ def film_strip(agent, config, path, size=192, pictures=10):
     world = World(config.env_id, 1, size, config.looks, reset_noise_scale=TEST_NOISE)
     obs, _ = world.reset(seed=config.seed)
     _, frames, _ = sac.rollout(world, obs, lambda obs: agent.act(obs, deterministic=True), world.scene.episode_length, render=True)
-    Image.fromarray(np.concatenate([frame[0] for frame in frames[len(frames) // pictures - 1::len(frames) // pictures]], axis=1)).save(path)
+    every = len(frames) // pictures
+    Image.fromarray(np.concatenate([frame[0] for frame in frames[every - 1::every]], axis=1)).save(path)
     world.close()
 
 
@@ -452,7 +467,7 @@ def new_folder(config):
 
 
 def build(config):
-    """Everything a run consists of: label (None for --reward truth), the world to train in and the one to test in, agent, replay."""
+    """What a run consists of: label (None for --reward truth), world to train in, world to test in, agent and replay."""
     torch.manual_seed(config.seed)
     label, image_size, goal = None, 64, config.goal
     if config.reward == "clip":
@@ -463,8 +478,8 @@ def build(config):
     if label:
         label([world.render()])  # so that a missing OpenGL or a lack of memory shows before anything is written
     obs_dim, action_dim = world.single_observation_space.shape[0], world.single_action_space.shape[0]
-    agent = sac.SAC(obs_dim, action_dim, gamma=config.gamma, tau=config.tau, lr=config.lr, device=config.device, hidden=config.hidden,
-                    temperature=config.temperature, layer_norm=config.layer_norm)
+    agent = sac.SAC(obs_dim, action_dim, gamma=config.gamma, tau=config.tau, lr=config.lr, device=config.device,
+                    hidden=config.hidden, temperature=config.temperature, layer_norm=config.layer_norm)
     per_iteration = config.num_envs * config.rollout_steps
     replay = sac.Replay(max(config.replay, per_iteration), obs_dim, action_dim, config.device)
     print(f"picture model {config.clip if label else 'none: the criterion itself is the reward'}, pictures {image_size} x {image_size}, "
@@ -496,16 +511,17 @@ def train(config):
                 episode.append(it)
                 if step % per_episode:
                     continue
-                reward, truth = (np.concatenate([it[key] for it in episode]) for key in ("reward", "truth"))        # (T, N)
-                row = {"step": step, "seconds": time.time() - start, "return": reward.sum(0).mean(), "success": (truth.mean(0) >= 0.5).mean(),
-                       "test_return": "", "test_success": ""} | {k: it.get(k, "") for k in ("temperature", "entropy", "q", "loss_q", "loss_pi")}
+                reward, truth = (np.concatenate([it[key] for it in episode]) for key in ("reward", "truth"))  # (T, N)
+                row = {"step": step, "seconds": time.time() - start, "return": reward.sum(0).mean(),
+                       "success": (truth.mean(0) >= 0.5).mean(), "test_return": "", "test_success": ""}
+                row |= {name: it.get(name, "") for name in ("temperature", "entropy", "q", "loss_q", "loss_pi")}
                 # The policy that made these episodes is the one before this iteration's updates: it is tested, not its heir.
                 candidate, collector = collector, snapshot()
                 promising, top, episode = row["return"] > top, max(top, row["return"]), []
                 if promising or step >= min(next_test, steps):
                     next_test = step + config.eval_every
                     agent.load_state_dict(candidate)
-                    returns, success = test(test_world, agent, label, config.seed + 1_000_000)
+                    returns, success = evaluate(test_world, agent, label, config.seed + 1_000_000)
                     agent.load_state_dict(collector)
                     row |= {"test_return": returns.mean(), "test_success": success.mean()}
                     save("last.pt", collector)
@@ -518,7 +534,7 @@ def train(config):
         print(f"\nstopped after {step} steps; the last policy is {folder}/last.pt", file=sys.stderr)
         raise
     agent.load_state_dict(torch.load(folder / "best.pt", weights_only=True)["agent"])
-    results = [test(test_world, agent, label, config.seed + 2_000_000 + i * TEST_EPISODES) for i in range(4)]
+    results = [evaluate(test_world, agent, label, config.seed + 2_000_000 + i * TEST_EPISODES) for i in range(4)]
     returns, success = map(np.concatenate, zip(*results))                                                           # (100,)
     if label:
         film_strip(agent, config, folder / "film.png")
