@@ -600,6 +600,7 @@ def parse(argv):
 
 
 def main(argv=None):
+    """The command line."""
     train(parse(argv))
 
 
