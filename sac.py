@@ -7,11 +7,12 @@ The agent maximises reward plus `temperature` times entropy. Per minibatch of tr
     critic       Q1, Q2 -> r + gamma (1 - terminated) (min(Q1', Q2')(s2, a2) - temperature logp(a2|s2)),  a2 ~ pi(s2)
     actor        minimise  temperature logp(a|s) - min(Q1, Q2)(s, a),  a ~ pi(s)
     temperature  moves until the mean of -logp is the target entropy, -dim(A)
-    targets      Q' <- Q' + tau (Q - Q')
+    targets      Q' <- Q' + tau (Q - Q'), and likewise the averaged policy that acts
 
 Inside SAC actions live in [-1, 1]; they are scaled to the environment's range where they leave (`rollout`).
 """
 import argparse
+import copy
 import math
 import sys
 import time
@@ -22,6 +23,7 @@ from typing import NamedTuple
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
@@ -113,14 +115,25 @@ class Replay:
         return Transitions(*(store[rows] for store in self.data))
 
 
-class SAC(nn.Module):
-    """The agent: `act` and `update`. `temperature` is the initial entropy coefficient, learned from then on."""
+def average_gradients(*parameters):
+    """Over the processes that torchrun started, if it did: each learns from its own minibatch, all make the same step."""
+    for p in parameters if dist.is_initialized() else ():
+        dist.all_reduce(p.grad.div_(dist.get_world_size()))
 
-    def __init__(self, obs_dim, action_dim, *, gamma=0.99, tau=0.005, lr=3e-4, device="cpu", hidden=256,
+
+class SAC(nn.Module):
+    """The agent: `act` and `update`. `temperature` is the initial entropy coefficient, learned from then on.
+
+    It acts with the actor's running average, which follows at `actor_tau` per update and is steadier than any one actor;
+    1.0, the usual SAC, acts with the actor itself.
+    """
+
+    def __init__(self, obs_dim, action_dim, *, gamma=0.99, tau=0.005, actor_tau=1.0, lr=3e-4, device="cpu", hidden=256,
                  temperature=1.0, layer_norm=False):
         super().__init__()
-        self.gamma, self.tau, self.lr, self.device, self.target_entropy = gamma, tau, lr, device, -action_dim
+        self.gamma, self.tau, self.actor_tau, self.lr, self.target_entropy = gamma, tau, actor_tau, lr, -action_dim
         self.actor = Actor(obs_dim, action_dim, hidden)
+        self.mean_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.critic = Critic(obs_dim, action_dim, hidden, layer_norm)
         self.target_critic = Critic(obs_dim, action_dim, hidden, layer_norm).requires_grad_(False)
         self.target_critic.load_state_dict(self.critic.state_dict())
@@ -130,7 +143,7 @@ class SAC(nn.Module):
             self.register_buffer(f"{name}_mean", torch.zeros(shape))
             self.register_buffer(f"{name}_std", torch.ones(shape))
         self.to(device)
-        adam = lambda parameters: torch.optim.Adam(parameters, lr=lr, fused=True)
+        adam = lambda parameters: torch.optim.Adam(parameters, lr=lr, fused=True, capturable=torch.device(device).type == "cuda")
         self.actor_opt, self.critic_opt = adam(self.actor.parameters()), adam(self.critic.parameters())
         self.temperature_opt = adam([self.log_temperature])
 
@@ -140,17 +153,23 @@ class SAC(nn.Module):
         self.obs_std.copy_(batch.obs.std(0).clamp(min=0.05))
         self.reward_mean.copy_(batch.reward.mean())
         self.reward_std.copy_(batch.reward.std().clamp(min=1e-6) / reward_std)
+        for scale in self.buffers() if dist.is_initialized() else ():
+            dist.broadcast(scale, 0)  # the same for all processes
 
     def rescale(self, batch):
         """The batch as the networks see it."""
         obs, next_obs = ((x - self.obs_mean) / self.obs_std for x in (batch.obs, batch.next_obs))
         return batch._replace(obs=obs, reward=(batch.reward - self.reward_mean) / self.reward_std, next_obs=next_obs)
 
+    def policy(self):
+        """A frozen copy of the agent on the CPU, to act with: there it never queues behind a GPU's pictures."""
+        return copy.deepcopy(self).to("cpu")
+
     @torch.no_grad()
     def act(self, obs, deterministic=False):
         """obs (N, obs_dim), array or tensor -> action (N, action_dim) in [-1, 1], float32 array."""
-        obs = (torch.as_tensor(obs, dtype=torch.float32, device=self.device) - self.obs_mean) / self.obs_std
-        action = self.actor(obs)[0].tanh() if deterministic else self.actor.sample(obs)[0]
+        obs = (torch.as_tensor(obs, dtype=torch.float32, device=self.obs_mean.device) - self.obs_mean) / self.obs_std
+        action = self.mean_actor(obs)[0].tanh() if deterministic else self.mean_actor.sample(obs)[0]
         return action.cpu().numpy()
 
     @torch.no_grad()
@@ -167,6 +186,7 @@ class SAC(nn.Module):
         loss = 0.5 * (q - self.q_target(batch)).square().mean(-1).sum()
         self.critic_opt.zero_grad()
         loss.backward()
+        average_gradients(*self.critic.parameters())
         self.critic_opt.step()
         return {"q": q.detach().mean(), "loss_q": loss.detach()}
 
@@ -176,10 +196,12 @@ class SAC(nn.Module):
         loss = (self.log_temperature.exp().detach() * logp - self.critic(batch.obs, action).amin(0)).mean()
         self.actor_opt.zero_grad()
         loss.backward(inputs=list(self.actor.parameters()))  # the critic's own gradients are not needed here
+        average_gradients(*self.actor.parameters())
         self.actor_opt.step()
         entropy = -logp.detach().mean()
         self.temperature_opt.zero_grad()
         (self.log_temperature * (entropy - self.target_entropy)).backward()
+        average_gradients(self.log_temperature)
         self.temperature_opt.step()
         return {"loss_pi": loss.detach(), "entropy": entropy, "temperature": self.log_temperature.detach().exp()}
 
@@ -188,8 +210,9 @@ class SAC(nn.Module):
         batch = self.rescale(batch)
         metrics = self.update_critic(batch) | self.update_actor_and_temperature(batch)
         with torch.no_grad():
-            for target, source in zip(self.target_critic.parameters(), self.critic.parameters()):
-                target.lerp_(source, self.tau)
+            for slow, fast, tau in ((self.target_critic, self.critic, self.tau), (self.mean_actor, self.actor, self.actor_tau)):
+                for p, q in zip(slow.parameters(), fast.parameters()):
+                    p.lerp_(q, tau)
         return metrics
 
 
@@ -207,49 +230,76 @@ def to_env(env, action):
     return low + (action + 1) / 2 * (high - low)
 
 
-def rollout(env, obs, policy, num_steps, render=False, seconds=None):
+def rollout(env, obs, policy, num_steps, label=None, seconds=None):
     """Step `env` (a VectorEnv without autoreset) `num_steps` times with `policy`: obs (N, O) -> action (N, A) in [-1, 1].
 
-    Returns the transitions as arrays (num_steps, N, ...), the pictures of every s2 as a list of uint8 (N, H, W, 3)
-    (empty without `render`), and the observation to go on from. Finished episodes are reset here, after their last
-    observation and their last picture were taken.
+    Returns the transitions as arrays (num_steps, N, ...); a list of what `label` made of the pictures of every s2, uint8
+    (N, H, W, 3) (without it nothing is drawn); and the observation to go on from. Pictures are labelled as soon as they
+    are drawn, so that a GPU encodes them while the CPU simulates and draws the next. Finished episodes are reset here,
+    after their last observation and their last picture were taken.
     """
     seconds = Counter() if seconds is None else seconds
-    steps, frames = [], []
+    steps, labels = [], []
     for _ in range(num_steps):
         with timed(seconds, "act"):
             action = policy(obs)
         with timed(seconds, "physics"):
             next_obs, reward, terminated, truncated, _ = env.step(to_env(env, action))
         steps.append((obs, action, reward, next_obs, terminated))
-        if render:
+        if label:
             with timed(seconds, "rendering"):
-                frames.append(env.render())
+                frames = env.render()
+            with timed(seconds, "CLIP"):
+                labels.append(label(frames))
         done = terminated | truncated
         obs = env.reset(options={"reset_mask": done})[0] if done.any() else next_obs
-    return Transitions(*map(np.stack, zip(*steps))), frames, obs
+    return Transitions(*map(np.stack, zip(*steps))), labels, obs
+
+
+def update_many(agent, replay, batch_size, n):
+    """n updates, each on a minibatch of its own; the last one's metrics as floats, which is the one wait for the device.
+
+    On CUDA the first update warms up and the second is recorded: launching its hundreds of small kernels takes longer
+    than running them, and a CUDA graph launches them at once.
+    """
+    step = lambda: agent.update(replay.sample(batch_size))
+    if n < 3 or not replay.data.reward.is_cuda or dist.is_initialized():
+        for _ in range(n):
+            metrics = step()
+        return {name: float(value) for name, value in metrics.items()}
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        metrics = step()  # recorded, not run
+    for _ in range(n - 1):
+        graph.replay()
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def train(env, agent, replay, total_steps, *, rollout_steps, updates, batch_size, learning_starts, label=None,
           reward_std=None, lr_decay=False, seed=0):
-    """Algorithm 1 of the paper, as a generator that yields a dict after every iteration: `step`, `reward` (what the agent
-    learns from) and `truth` (the environment's own), both (rollout_steps, N), the metrics of the last update, and `seconds`.
+    """Algorithm 1 of the paper, as a generator that yields a dict after every iteration: `step`; `reward` (what the agent
+    learns from) and `truth` (the environment's own), both (rollout_steps, N); `policy`, which collected them; the metrics of
+    the last update; and `seconds`, the time spent in each part so far.
 
-    `label` maps the pictures of a rollout, a list of uint8 (N, H, W, 3), to rewards (num_steps * N,); without it the
-    environment's own reward is used and this is plain SAC. Until `learning_starts` transitions are collected actions
-    are uniform; if `reward_std` is given, that phase fixes the scales of observations and rewards (`SAC.fit_scales`).
-    `lr_decay` lets the learning rate fall linearly to a tenth, which calms the policy towards the end.
+    `label` maps pictures, uint8 (N, H, W, 3), to their rewards (N,); without it the environment's own reward is used and
+    this is plain SAC. Until `learning_starts` transitions are collected actions are uniform; if `reward_std` is given, that
+    phase fixes the scales of observations and rewards (`SAC.fit_scales`). `lr_decay` lets the learning rate fall linearly
+    to a tenth, which calms the policy towards the end.
     """
     obs, _ = env.reset(seed=seed)
     size, seconds = (env.num_envs, env.single_action_space.shape[0]), Counter()
     uniform = lambda obs: torch.empty(size).uniform_(-1, 1).numpy()
-    step, metrics = 0, {}
+    step = 0
     while step < total_steps:
-        learning = step >= learning_starts
-        policy = agent.act if learning else uniform
-        block, frames, obs = rollout(env, obs, policy, rollout_steps, label is not None, seconds)
+        learning, policy = step >= learning_starts, agent.policy()
+        block, labels, obs = rollout(env, obs, policy.act if learning else uniform, rollout_steps, label, seconds)
         with timed(seconds, "CLIP"):
-            reward = torch.as_tensor(block.reward if label is None else label(frames)).flatten()  # (num_steps * N,)
+            reward = torch.cat(labels) if label else torch.as_tensor(block.reward).flatten()  # (num_steps * N,)
+            rewards = reward.view(block.reward.shape).cpu().numpy()  # here the CPU waits for the GPU, once per iteration
         replay.add(block.obs.reshape(len(reward), -1), block.action.reshape(len(reward), -1), reward,
                    block.next_obs.reshape(len(reward), -1), block.terminated.flatten())
         step += len(reward)
@@ -258,11 +308,8 @@ def train(env, agent, replay, total_steps, *, rollout_steps, updates, batch_size
                 agent.fit_scales(Transitions(*(store[:replay.size] for store in replay.data)), reward_std)
             for optimizer in (agent.actor_opt, agent.critic_opt, agent.temperature_opt) if lr_decay else ():
                 optimizer.param_groups[0]["lr"] = agent.lr * (1 - 0.9 * step / total_steps)
-            for _ in range(updates if step >= learning_starts else 0):
-                metrics = agent.update(replay.sample(batch_size))
-            metrics = {name: float(value) for name, value in metrics.items()}  # the iteration's one device sync
-        yield {"step": step, "reward": reward.view(block.reward.shape).cpu().numpy(), "truth": block.reward, **metrics,
-               "seconds": seconds}
+            metrics = update_many(agent, replay, batch_size, updates) if step >= learning_starts else {}
+        yield {"step": step, "reward": rewards, "truth": block.reward, "policy": policy, **metrics, "seconds": seconds}
 
 
 def evaluate(env, agent, seed=0):

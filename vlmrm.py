@@ -34,6 +34,7 @@ import gymnasium as gym
 import numpy as np
 import open_clip
 import torch
+import torch.distributed as dist
 import torchvision.transforms.functional as TF
 from PIL import Image
 from torch import nn
@@ -103,6 +104,8 @@ class CLIPReward(nn.Module):
         size = self.config.size
         self.size = (size, size) if isinstance(size, int) else tuple(size)                          # height, width
         self.image_size = max(self.size)
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(getattr(self.config, name), device=device).view(3, 1, 1))
 
     def preprocess(self, frames):
         """The model's own open_clip preprocessing, on the device: uint8 (N, H, W, 3) -> float (N, 3, h, w)."""
@@ -119,15 +122,18 @@ class CLIPReward(nn.Module):
                 size = [to_int(side * ratio + 1e-6) for side in x.shape[-2:]]
             x = TF.resize(x, size, interpolation, antialias=True)
             x = TF.center_crop(x, self.size)                                                        # crops, or pads with black
-        mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (self.config.mean, self.config.std))
-        return (x.float() / 255 - mean) / std                                                       # (N, 3, h, w)
+        return (x.float() / 255 - self.mean) / self.std                                                       # (N, 3, h, w)
 
     @torch.no_grad()
     def embed(self, frames, chunk=256):
-        """frames uint8 (N, H, W, 3) -> unit vectors s (N, D), float32 on the device; `chunk` pictures at a time."""
+        """frames uint8 (N, H, W, 3) -> unit vectors s (N, D), float32 on the device; `chunk` pictures at a time.
+
+        On CUDA this returns before the GPU is done: pinned memory is copied while the CPU goes on.
+        """
         vectors = []
         for part in torch.as_tensor(frames).split(chunk):
-            x = self.preprocess(part.to(self.goal.device))
+            part = part.pin_memory() if self.half_precision and not part.is_cuda else part
+            x = self.preprocess(part.to(self.goal.device, non_blocking=True))
             vectors.append(self.visual(x.half() if self.half_precision else x).float())
         return normalize(torch.cat(vectors), dim=-1)
 
@@ -340,7 +346,7 @@ def dress(spec, looks):
             geom.rgba = 1, 1, 1, 1
     if looks == "plain":
         spec.visual.headlight.ambient, spec.visual.headlight.diffuse = [0.45] * 3, [0.55] * 3
-        spec.visual.quality.offsamples, spec.visual.quality.numslices, spec.visual.quality.numstacks = 0, 14, 8
+        spec.visual.quality.offsamples, spec.visual.quality.numslices, spec.visual.quality.numstacks = 0, 10, 6
         for light in spec.lights:
             light.active = False
         return
@@ -409,14 +415,15 @@ class Painter:
 # Appendix C.2: 32 simulations x 100 steps, then 100 updates, is one iteration.
 PAPER = dict(
     clip="ViT-bigG-14/laion2b_s39b_b160k", looks="paper", steps=10_000_000, num_envs=32, rollout_steps=100, updates=100,
-    batch_size=512, learning_starts=50_000, replay=1_000_000, gamma=0.95, tau=0.005, lr=6e-4, lr_decay=False, hidden=256,
-    temperature=1.0, layer_norm=False, reward_std=None, reset_noise_scale=0.01, eval_every=128_000)
-# Minutes instead of days: more updates per transition, fixed scales for observations and rewards, a temperature that is
-# out of the way from the start, layer normalisation in the critic, and a learning rate that comes to rest.
-LESSON = PAPER | dict(
-    clip=str(TINY_CLIP), looks="plain", steps=256_000, updates=400, batch_size=256, learning_starts=6_400, replay=300_000,
-    gamma=0.97, tau=0.01, lr_decay=True, hidden=128, temperature=0.05, layer_norm=True, reward_std=0.3,
-    reset_noise_scale=0.02, eval_every=16_000)
+    batch_size=512, learning_starts=50_000, replay=1_000_000, gamma=0.95, tau=0.005, actor_tau=1.0, lr=6e-4, lr_decay=False,
+    hidden=256, temperature=1.0, layer_norm=False, reward_std=None, reset_noise_scale=0.01, eval_every=128_000)
+# Fewer transitions, since each costs a picture (bench/README.md): more updates per transition, an averaged policy that acts,
+# fixed scales for observations and rewards, a temperature that is out of the way from the start, layer normalisation in
+# the critic, and a learning rate that comes to rest.
+FEWER = PAPER | dict(
+    updates=400, batch_size=256, learning_starts=6_400, gamma=0.97, tau=0.01, actor_tau=0.001, lr_decay=True, hidden=128,
+    temperature=0.05, layer_norm=True, reward_std=0.3, reset_noise_scale=0.02)
+LESSON = dict(clip=str(TINY_CLIP), looks="plain", steps=256_000, replay=300_000, eval_every=16_000)
 # Balancing pays off late: with gamma 0.97 the cart still drifts to the end of the rail, with 0.99 it does not.
 CARTPOLE = dict(
     steps=64_000, num_envs=16, rollout_steps=200, updates=300, batch_size=256, learning_starts=3_200, replay=100_000,
@@ -425,27 +432,26 @@ CARTPOLE = dict(
 TEST_EPISODES, TEST_NOISE = 25, 0.05  # per call of `evaluate`; reset noise large enough that the episodes differ
 
 
-def evaluate(world, agent, label, seed):
+def evaluate(world, policy, label, seed):
     """One deterministic episode per simulation: its CLIP return (the criterion's without `label`) and success, (num_envs,).
 
     An episode is a success when the criterion holds in at least half of its steps (section 4.3).
     """
     obs, _ = world.reset(seed=seed)
-    policy, rewards, truths = lambda obs: agent.act(obs, deterministic=True), [], []
-    for _ in range(world.scene.episode_length // 10):  # ten steps at a time, so that the pictures need little memory
-        block, frames, obs = sac.rollout(world, obs, policy, 10, render=label is not None)
-        rewards.append(block.reward if label is None else label(frames).view(10, -1).cpu().numpy())
-        truths.append(block.reward)
-    return np.concatenate(rewards).sum(0), np.concatenate(truths).mean(0) >= 0.5
+    act = lambda obs: policy.act(obs, deterministic=True)
+    block, labels, _ = sac.rollout(world, obs, act, world.scene.episode_length, label)
+    rewards = torch.stack(labels).cpu().numpy() if label else block.reward                          # (T, num_envs)
+    return rewards.sum(0), block.reward.mean(0) >= 0.5
 
 
-def film_strip(agent, config, path, size=192, pictures=10):
+def film_strip(policy, config, path, size=192, pictures=10):
     """Save evenly spaced pictures of one deterministic episode as one row."""
     world = World(config.env_id, 1, size, config.looks, reset_noise_scale=TEST_NOISE)
     obs, _ = world.reset(seed=config.seed)
-    _, frames, _ = sac.rollout(world, obs, lambda obs: agent.act(obs, deterministic=True), world.scene.episode_length, render=True)
+    act = lambda obs: policy.act(obs, deterministic=True)
+    _, frames, _ = sac.rollout(world, obs, act, world.scene.episode_length, label=lambda frames: frames[0])
     every = len(frames) // pictures
-    Image.fromarray(np.concatenate([frame[0] for frame in frames[every - 1::every]], axis=1)).save(path)
+    Image.fromarray(np.concatenate(frames[every - 1::every], axis=1)).save(path)
     world.close()
 
 
@@ -471,42 +477,50 @@ def build(config):
     torch.manual_seed(config.seed)
     label, image_size, goal = None, 64, config.goal
     if config.reward == "clip":
-        reward = CLIPReward(config.prompt, config.baseline, config.alpha, config.clip, config.device)
-        label, image_size = lambda frames: reward(np.concatenate(frames)), reward.image_size
-    world = World(config.env_id, config.num_envs, image_size, config.looks, goal, config.reset_noise_scale)
+        label = CLIPReward(config.prompt, config.baseline, config.alpha, config.clip, config.device)
+        image_size = label.image_size
+    num_envs = config.num_envs // config.processes
+    world = World(config.env_id, num_envs, image_size, config.looks, goal, config.reset_noise_scale)
     test_world = World(config.env_id, TEST_EPISODES, image_size, config.looks, goal, TEST_NOISE)
     if label:
-        label([world.render()])  # so that a missing OpenGL or a lack of memory shows before anything is written
+        label(world.render())  # so that a missing OpenGL or a lack of memory shows before anything is written
     obs_dim, action_dim = world.single_observation_space.shape[0], world.single_action_space.shape[0]
-    agent = sac.SAC(obs_dim, action_dim, gamma=config.gamma, tau=config.tau, lr=config.lr, device=config.device,
-                    hidden=config.hidden, temperature=config.temperature, layer_norm=config.layer_norm)
+    agent = sac.SAC(obs_dim, action_dim, gamma=config.gamma, tau=config.tau, actor_tau=config.actor_tau, lr=config.lr,
+                    device=config.device, hidden=config.hidden, temperature=config.temperature, layer_norm=config.layer_norm)
+    torch.manual_seed(config.seed + config.rank)  # processes begin with the same networks and then draw differently
     per_iteration = config.num_envs * config.rollout_steps
-    replay = sac.Replay(max(config.replay, per_iteration), obs_dim, action_dim, config.device)
-    print(f"picture model {config.clip if label else 'none: the criterion itself is the reward'}, pictures {image_size} x {image_size}, "
-          f"looks {config.looks!r}, device {config.device}\n"
-          f"{config.num_envs} simulations of {config.env_id}, {per_iteration} transitions per iteration, then {config.updates} updates "
-          f"of {config.batch_size} (1 update per {per_iteration / config.updates:.1f} transitions)", flush=True)
+    replay = sac.Replay(max(config.replay, per_iteration) // config.processes, obs_dim, action_dim, config.device)
+    if config.rank == 0:
+        print(f"picture model {config.clip if label else 'none: the criterion itself is the reward'}, pictures {image_size} x {image_size}, "
+              f"looks {config.looks!r}, device {config.device}, {config.processes} process{'es' * (config.processes > 1)}\n"
+              f"{config.num_envs} simulations of {config.env_id}, {per_iteration} transitions per iteration, then {config.updates} "
+              f"updates of {config.batch_size} (1 update per {per_iteration / config.updates:.1f} transitions)", flush=True)
     return label, world, test_world, agent, replay
 
 
 def train(config):
     """Train, keeping the policy with the highest return in its own deterministic episodes; then test that one."""
     label, world, test_world, agent, replay = build(config)
+    per_episode = config.num_envs * world.scene.episode_length
+    steps = -(-config.steps // per_episode) * per_episode  # whole episodes
+    # Under torchrun every process makes and labels its share of the transitions and of each minibatch.
+    iterations = sac.train(world, agent, replay, steps // config.processes, rollout_steps=config.rollout_steps, updates=config.updates,
+                           batch_size=config.batch_size // config.processes,
+                           learning_starts=min(config.learning_starts, steps // 2) // config.processes, label=label,
+                           reward_std=config.reward_std, lr_decay=config.lr_decay, seed=config.seed + config.rank * world.num_envs)
+    if config.rank > 0:
+        for _ in iterations:
+            pass
+        return
     folder, start, step = new_folder(config), time.time(), 0
     print(f"writing to {folder}", flush=True)
     (folder / "config.json").write_text(json.dumps({k: v for k, v in vars(config).items() if k != "goal"}, indent=2) + "\n")
-    snapshot = lambda: {name: value.clone() for name, value in agent.state_dict().items()}
-    save = lambda name, state: torch.save({"step": step, "agent": state}, folder / name)
-    collector = snapshot()
+    save = lambda name, policy: torch.save({"step": step, "agent": policy.state_dict()}, folder / name)
     best, top, next_test, episode = -np.inf, -np.inf, 0, []
-    per_episode = config.num_envs * world.scene.episode_length
-    steps = -(-config.steps // per_episode) * per_episode  # whole episodes
     try:
         with open(folder / "progress.csv", "w", newline="") as file, tqdm(total=steps, unit="step", mininterval=1) as bar:
-            for it in sac.train(world, agent, replay, steps, rollout_steps=config.rollout_steps, updates=config.updates,
-                                batch_size=config.batch_size, learning_starts=min(config.learning_starts, steps // 2),
-                                label=label, reward_std=config.reward_std, lr_decay=config.lr_decay, seed=config.seed):
-                step = it["step"]
+            for it in iterations:
+                step = it["step"] * config.processes
                 bar.update(step - bar.n)
                 episode.append(it)
                 if step % per_episode:
@@ -515,29 +529,27 @@ def train(config):
                 row = {"step": step, "seconds": time.time() - start, "return": reward.sum(0).mean(),
                        "success": (truth.mean(0) >= 0.5).mean(), "test_return": "", "test_success": ""}
                 row |= {name: it.get(name, "") for name in ("temperature", "entropy", "q", "loss_q", "loss_pi")}
-                # The policy that made these episodes is the one before this iteration's updates: it is tested, not its heir.
-                candidate, collector = collector, snapshot()
+                # Tested is the policy that made these episodes, when they were promising: better than all before.
                 promising, top, episode = row["return"] > top, max(top, row["return"]), []
-                if promising or step >= min(next_test, steps):
+                if promising and step > steps // 4 or step >= min(next_test, steps):
                     next_test = step + config.eval_every
-                    agent.load_state_dict(candidate)
-                    returns, success = evaluate(test_world, agent, label, config.seed + 1_000_000)
-                    agent.load_state_dict(collector)
+                    returns, success = evaluate(test_world, it["policy"], label, config.seed + 1_000_000)
                     row |= {"test_return": returns.mean(), "test_success": success.mean()}
-                    save("last.pt", collector)
+                    save("last.pt", agent)
                     if returns.mean() > best:
                         best = returns.mean()
-                        save("best.pt", candidate)
+                        save("best.pt", it["policy"])
                 log(row, it["seconds"], file, bar)
     except KeyboardInterrupt:
-        save("last.pt", agent.state_dict())
+        save("last.pt", agent)
         print(f"\nstopped after {step} steps; the last policy is {folder}/last.pt", file=sys.stderr)
         raise
-    agent.load_state_dict(torch.load(folder / "best.pt", weights_only=True)["agent"])
-    results = [evaluate(test_world, agent, label, config.seed + 2_000_000 + i * TEST_EPISODES) for i in range(4)]
+    policy = agent.policy()
+    policy.load_state_dict(torch.load(folder / "best.pt", weights_only=True)["agent"])
+    results = [evaluate(test_world, policy, label, config.seed + 2_000_000 + i * TEST_EPISODES) for i in range(4)]
     returns, success = map(np.concatenate, zip(*results))                                                           # (100,)
     if label:
-        film_strip(agent, config, folder / "film.png")
+        film_strip(policy, config, folder / "film.png")
     print(f"best policy, {len(returns)} deterministic episodes: {'CLIP' if label else 'criterion'} return {returns.mean():.2f}"
           + (f", success rate {success.mean():.0%}" if config.goal else "")
           + f", {(time.time() - start) / 60:.1f} minutes in all; see {folder}", flush=True)
@@ -566,6 +578,7 @@ def parse(argv):
     p.add_argument("--env-id", choices=SCENES, metavar="ID", help=f"the world: {', '.join(SCENES)} (default: the task's)")
     p.add_argument("--clip", metavar="NAME|FOLDER", help="open_clip architecture/tag, or a folder with config and weights")
     p.add_argument("--looks", choices=("paper", "original", "plain"), help="how the world is drawn")
+    p.add_argument("--paper", action="store_true", help="learn with exactly the paper's settings (appendix C.2)")
     p.add_argument("--reward", choices=("clip", "truth"), default="clip", help="truth: train on the task's criterion instead")
     p.add_argument("--steps", type=int, help="transitions in all, rounded up to whole episodes")
     p.add_argument("--num-envs", type=int, help="simulations")
@@ -579,10 +592,18 @@ def parse(argv):
     args.env_id = args.env_id or named.env_id
     args.baseline = named.baseline if args.baseline is None else args.baseline
     args.goal = named.goal if args.env_id == named.env_id else None
-    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.rank, local_rank, args.processes = (int(os.environ.get(name, i)) for name, i in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    args.device = "cpu"
+    if torch.cuda.is_available():
+        args.device = f"cuda:{local_rank}"
+        torch.cuda.set_device(local_rank)
+        if args.processes > 1:
+            os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", str(local_rank))  # draw where the picture model is
     args.clip = str(TINY_CLIP) if args.clip == "tiny_clip" else args.clip
     lesson = args.clip == str(TINY_CLIP) or args.clip is None and args.device == "cpu"
-    settings = (LESSON if lesson else PAPER) | (CARTPOLE if args.env_id == "InvertedPendulum-v5" else {})
+    settings = (PAPER if args.paper else FEWER) | (LESSON if lesson else {})
+    if args.env_id == "InvertedPendulum-v5" and not args.paper:
+        settings |= CARTPOLE
     for name, value in settings.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
@@ -591,6 +612,8 @@ def parse(argv):
     for flag in ("steps", "num_envs"):
         if getattr(args, flag) < 1:
             raise UsageError(f"--{flag.replace('_', '-')} must be at least 1, not {getattr(args, flag)}")
+    if args.num_envs % args.processes:
+        raise UsageError(f"--num-envs {args.num_envs} does not divide among {args.processes} processes: take a multiple of {args.processes}")
     if args.seed < 0:
         raise UsageError(f"--seed must be at least 0, not {args.seed}")
     if args.reward == "truth" and args.goal is None:
@@ -601,7 +624,12 @@ def parse(argv):
 
 def main(argv=None):
     """The command line."""
-    train(parse(argv))
+    config = parse(argv)
+    if config.processes > 1:
+        dist.init_process_group()
+    train(config)
+    if config.processes > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

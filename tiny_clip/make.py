@@ -240,8 +240,7 @@ def policy_pictures(job):
         world.goal = lambda world: humanoid_truth(world)[concept]
     else:
         world.goal = lambda world: vlmrm.kneeling(world).astype(float)
-        reward = vlmrm.CLIPReward("a humanoid robot kneeling", clip=str(HERE))
-        label = lambda frames: reward(np.concatenate(frames))
+        label = vlmrm.CLIPReward("a humanoid robot kneeling", clip=str(HERE))
     states, step = [], world.step
 
     def recording(action):
