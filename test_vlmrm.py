@@ -333,7 +333,7 @@ def test_layers_of_the_twin_critic_equal_two_separate_networks():
 
 def test_update_moves_every_part_and_targets_by_tau():
     torch.manual_seed(0)
-    agent = sac.SAC(3, 2, tau=0.1)
+    agent = sac.SAC(3, 2, tau=0.1, actor_tau=0.2)
     batch = sac.Transitions(torch.randn(32, 3), torch.rand(32, 2), torch.randn(32), torch.randn(32, 3), torch.zeros(32))
     before = {name: value.clone() for name, value in agent.state_dict().items()}
     metrics = agent.update(batch)
@@ -344,6 +344,54 @@ def test_update_moves_every_part_and_targets_by_tau():
         if name.startswith("target_critic"):
             expected = before[name].lerp(after[name.replace("target_", "")], 0.1)
             torch.testing.assert_close(after[name], expected)
+        if name.startswith("mean_actor"):
+            torch.testing.assert_close(after[name], before[name].lerp(after[name.replace("mean_", "")], 0.2))
+
+
+def test_acts_with_the_mean_actor_and_a_policy_stays_as_it_was():
+    torch.manual_seed(0)
+    agent, obs = sac.SAC(3, 2, lr=0.1), torch.randn(5, 3)
+    batch = sac.Transitions(torch.randn(32, 3), torch.rand(32, 2), torch.randn(32), torch.randn(32, 3), torch.zeros(32))
+    policy = agent.policy()
+    before = agent.act(obs, deterministic=True)
+    agent.update(batch)
+    np.testing.assert_array_equal(policy.act(obs, deterministic=True), before)
+    assert np.abs(agent.act(obs, deterministic=True) - before).max() > 0.01
+    np.testing.assert_array_equal(agent.act(obs, deterministic=True), agent.actor(obs)[0].tanh().detach().numpy())  # actor_tau is 1
+    agent.mean_actor.net[-1].bias[:2] = 100.0
+    np.testing.assert_array_equal(agent.act(obs, deterministic=True), np.ones((5, 2)))
+
+
+def one_of_two_processes(rank, folder):
+    """An agent that learns from half of a minibatch, the other half being the other process's."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    agent, batch = an_agent_and_its_batch()
+    half = sac.Transitions(*(x.view(2, 32, -1).squeeze(-1)[rank] for x in batch))
+    agent.update_critic(half)
+    torch.save(agent.critic.state_dict(), f"{folder}/critic{rank}.pt")
+    torch.manual_seed(rank)
+    agent.fit_scales(half, 0.3)
+    agent.update(half)
+    torch.save(agent.state_dict(), f"{folder}/agent{rank}.pt")
+
+
+def an_agent_and_its_batch():
+    torch.manual_seed(0)
+    agent = sac.SAC(3, 2, hidden=16)
+    ends = torch.ones(64)  # the target is the reward: nothing is random
+    return agent, sac.Transitions(torch.randn(64, 3), torch.rand(64, 2), torch.randn(64), torch.randn(64, 3), ends)
+
+
+def test_two_processes_with_half_a_minibatch_each_make_the_step_of_the_whole(tmp_path):
+    torch.multiprocessing.spawn(one_of_two_processes, (str(tmp_path),), nprocs=2)
+    agent, batch = an_agent_and_its_batch()
+    agent.update_critic(batch)
+    load = lambda name: torch.load(tmp_path / name, weights_only=True)
+    for name, value in agent.critic.state_dict().items():
+        torch.testing.assert_close(load("critic0.pt")[name], value, atol=1e-6, rtol=0)
+    first, second = load("agent0.pt"), load("agent1.pt")
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_temperature_falls_when_entropy_is_above_target():
@@ -419,6 +467,14 @@ def run(*argv, cwd, **env):
                             stderr=subprocess.PIPE, text=True)
 
 
+def test_random_weights_only_when_asked_for():
+    torch.manual_seed(0)
+    reward = CLIPReward("a dog", clip="RN50-quickgelu/", random_weights=True)
+    assert reward(np.zeros((1, 224, 224, 3), np.uint8)).isfinite().all() and reward.image_size == 224
+    with pytest.raises(UsageError, match="no pretrained tag"):
+        CLIPReward("a dog", clip="RN50-quickgelu/")
+
+
 def test_no_opengl_says_what_to_install(tmp_path):
     code = ("import sys, builtins, importlib.abc\n"
             "class Missing(importlib.abc.MetaPathFinder):\n"
@@ -452,6 +508,20 @@ def test_training_end_to_end_and_a_second_run_beside_the_first(tmp_path, monkeyp
     assert out.count("success rate") == 3 and "1 update per" in out and "lesson" in out
 
 
+@pytest.mark.parametrize("argv, expected", [
+    ([], dict(clip=str(TINY_CLIP), looks="plain", steps=128_000, updates=400, lr_decay=True)),
+    (["--paper"], dict(clip=str(TINY_CLIP), looks="plain", updates=100, batch_size=512, learning_starts=50_000, gamma=0.95, tau=0.005,
+                       actor_tau=1.0, lr=6e-4, lr_decay=False, temperature=1.0, layer_norm=False, reward_std=None)),
+    (["--paper", "--clip", "ViT-bigG-14/laion2b_s39b_b160k"], dict(looks="paper", steps=10_000_000, num_envs=32, reset_noise_scale=0.01)),
+    (["--clip", "ViT-B-32/laion2b_s34b_b79k", "--steps", "5"], dict(looks="paper", steps=5, updates=400)),
+    (["--env-id", "InvertedPendulum-v5", "--steps", "7"], dict(num_envs=16, gamma=0.99, steps=7)),
+])
+def test_settings_follow_from_the_flags(argv, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = vars(vlmrm.parse(["--prompt", "a humanoid robot kneeling", *argv]))
+    assert {name: config[name] for name in expected} == expected
+
+
 def test_training_labels_with_the_picture_of_the_state_that_was_reached():
     world = World("InvertedPendulum-v5", 2, 64, "plain")
     reward = CLIPReward(TASKS["cartpole"].prompt, TASKS["cartpole"].baseline)
@@ -464,6 +534,16 @@ def test_training_labels_with_the_picture_of_the_state_that_was_reached():
     check.set_state(next_obs[:, :2], next_obs[:, 2:])
     # Stored observations are float32, so a few pixels may differ by one step of brightness.
     torch.testing.assert_close(replay.data.reward[:400], reward(check.render()), atol=0.02, rtol=0)
+
+
+def test_torchrun_trains_together_and_writes_one_folder(tmp_path):
+    argv = "-m torch.distributed.run --nproc-per-node 2".split()
+    process = run(*argv, HERE / "vlmrm.py", "--task", "cartpole", "--num-envs", "4", "--steps", "800", cwd=tmp_path)
+    out, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
+    rows = list(csv.DictReader(open(tmp_path / "runs/pole-vertically-upright-on-top-of-the-cart/progress.csv")))
+    assert [row["step"] for row in rows] == ["800"] and float(rows[-1]["loss_q"]) > 0
+    assert out.count("success rate") == 1 and "2 processes" in out and len(list((tmp_path / "runs").iterdir())) == 1
 
 
 def test_same_seed_same_run(tmp_path, monkeypatch):

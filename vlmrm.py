@@ -421,9 +421,9 @@ PAPER = dict(
 # fixed scales for observations and rewards, a temperature that is out of the way from the start, layer normalisation in
 # the critic, and a learning rate that comes to rest.
 FEWER = PAPER | dict(
-    updates=400, batch_size=256, learning_starts=6_400, gamma=0.97, tau=0.01, actor_tau=0.001, lr_decay=True, hidden=128,
-    temperature=0.05, layer_norm=True, reward_std=0.3, reset_noise_scale=0.02)
-LESSON = dict(clip=str(TINY_CLIP), looks="plain", steps=256_000, replay=300_000, eval_every=16_000)
+    updates=400, batch_size=256, learning_starts=6_400, gamma=0.97, actor_tau=0.002, lr=3e-4, lr_decay=True, temperature=0.05,
+    layer_norm=True, reward_std=0.3, reset_noise_scale=0.02)
+LESSON = dict(clip=str(TINY_CLIP), looks="plain", steps=128_000, replay=300_000, eval_every=12_800)
 # Balancing pays off late: with gamma 0.97 the cart still drifts to the end of the rail, with 0.99 it does not.
 CARTPOLE = dict(
     steps=64_000, num_envs=16, rollout_steps=200, updates=300, batch_size=256, learning_starts=3_200, replay=100_000,
@@ -516,7 +516,7 @@ def train(config):
     print(f"writing to {folder}", flush=True)
     (folder / "config.json").write_text(json.dumps({k: v for k, v in vars(config).items() if k != "goal"}, indent=2) + "\n")
     save = lambda name, policy: torch.save({"step": step, "agent": policy.state_dict()}, folder / name)
-    best, top, next_test, episode = -np.inf, -np.inf, 0, []
+    best, next_test, episode = -np.inf, config.eval_every, []
     try:
         with open(folder / "progress.csv", "w", newline="") as file, tqdm(total=steps, unit="step", mininterval=1) as bar:
             for it in iterations:
@@ -529,9 +529,8 @@ def train(config):
                 row = {"step": step, "seconds": time.time() - start, "return": reward.sum(0).mean(),
                        "success": (truth.mean(0) >= 0.5).mean(), "test_return": "", "test_success": ""}
                 row |= {name: it.get(name, "") for name in ("temperature", "entropy", "q", "loss_q", "loss_pi")}
-                # Tested is the policy that made these episodes, when they were promising: better than all before.
-                promising, top, episode = row["return"] > top, max(top, row["return"]), []
-                if promising and step > steps // 4 or step >= min(next_test, steps):
+                episode = []
+                if step >= min(next_test, steps):
                     next_test = step + config.eval_every
                     returns, success = evaluate(test_world, it["policy"], label, config.seed + 1_000_000)
                     row |= {"test_return": returns.mean(), "test_success": success.mean()}
