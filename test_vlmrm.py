@@ -199,6 +199,15 @@ def test_last_picture_is_of_the_last_state_and_observations_match_states():
     np.testing.assert_array_equal(block.obs[1:200], block.next_obs[:199])
 
 
+def test_small_pictures_are_averages_of_four_pixels():
+    world = World("Humanoid-v5", 1, 64, "plain")
+    world.reset(seed=0)
+    picture = world.render()[0]
+    large = Image.fromarray(world.painter.pixels[::-1])
+    assert large.size == (128, 128) and len(np.unique(picture)) > len(np.unique(np.asarray(large)[::2, ::2]))
+    assert np.abs(picture.astype(int) - np.asarray(large.reduce(2))).max() <= 1
+
+
 def test_original_looks_are_gymnasiums():
     theirs = gym.make("Humanoid-v5", render_mode="rgb_array", width=96, height=96)
     theirs.reset(seed=0)

@@ -16,7 +16,6 @@ import gymnasium as gym
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sac
@@ -117,12 +116,12 @@ def rendering(rounds, size, n=20):
     theirs.close()
 
 
-def picture_model(rounds, reward, n):
+def picture_model(rounds, reward, clip, n):
     """uint8 pictures -> rewards; the image tower alone on ready tensors (the limit); PIL and autocast, one by one."""
     frames = np.random.default_rng(0).integers(0, 256, (n, reward.image_size, reward.image_size, 3), np.uint8)
     ready = reward.preprocess(torch.from_numpy(frames).to(DEVICE))
     ready = ready.half() if CUDA else ready
-    plain = vlmrm.CLIPReward("a robot", clip=reward.clip, device="cpu", random_weights=CUDA)
+    plain = vlmrm.CLIPReward("a robot", clip=clip, device="cpu", random_weights=CUDA)
     plain.to(DEVICE)
     transform = vlmrm.open_clip.image_transform_v2(plain.config, is_train=False)
 
@@ -135,53 +134,70 @@ def picture_model(rounds, reward, n):
     def tower():
         with torch.no_grad():
             return len(reward.visual(ready))
-    print("    (the tower alone is the limit)")
     return compare(f"(c) {n} pictures at a time", "frames/s", rounds, ours=lambda: len(reward(frames)), tower=tower,
                    **{"PIL, autocast": the_plain_way})
 
 
 def iteration(rounds, reward, settings):
-    """Whole iterations of Algorithm 1, with the time spent in each part, against the sum of the parts alone."""
-    world = vlmrm.World("Humanoid-v5", settings["num_envs"], reward.image_size, settings["looks"])
+    """Whole iterations of Algorithm 1, with the time spent in each part, against the same parts alone at their best."""
+    num_envs, num_steps, updates, batch_size = (settings[k] for k in ("num_envs", "rollout_steps", "updates", "batch_size"))
+    world = vlmrm.World("Humanoid-v5", num_envs, reward.image_size, settings["looks"])
     agent = sac.SAC(45, 17, hidden=settings["hidden"], layer_norm=settings["layer_norm"], device=DEVICE)
     replay = sac.Replay(100_000, 45, 17, DEVICE)
-    steps, per = settings["rollout_steps"], settings["num_envs"] * settings["rollout_steps"]
-    loop = sac.train(world, agent, replay, 10**9, rollout_steps=steps, updates=settings["updates"],
-                     batch_size=settings["batch_size"], learning_starts=0, label=reward)
-    frames, action = world.render(), np.zeros((settings["num_envs"], 17), np.float32)
-    alone = dict(act=lambda: agent.act(world.observe()), physics=lambda: world.step(action), rendering=world.render, CLIP=lambda: reward(frames))
-    best = {name: [] for name in (*alone, "SAC", "whole")}
-    for i in range(rounds + 1):
-        for name, work in alone.items():
-            best[name].append(steps / rate(lambda: [work() for _ in range(10)] and 10))
-        best["SAC"].append(settings["updates"] / rate(lambda: [agent.update(replay.sample(settings["batch_size"])) for _ in range(50)]
-                                                      and 50) if replay.size else np.inf)
-        best["whole"].append(1 / rate(lambda: next(loop) and 1))
-    seconds = next(loop)["seconds"]
-    best = {name: min(values) if name != "whole" else statistics.median(values[1:]) for name, values in best.items()}
-    whole = best.pop("whole")
-    print(f"(d) an iteration of {per} transitions and {settings['updates']} updates: {whole:.2f} s, {per / whole:.0f} transitions/s; inside it: "
-          + ", ".join(f"{part} {value / sum(seconds.values()):.0%}" for part, value in seconds.items()))
+    loop = sac.train(world, agent, replay, 10**9, rollout_steps=num_steps, updates=updates, batch_size=batch_size,
+                     learning_starts=0, label=reward)
+    next(loop)
+    policy, frames, action = agent.policy(), world.render(), np.zeros((num_envs, 17), np.float32)
+    parts = {"act": lambda: policy.act(world.observe()), "physics": lambda: world.step(action), "rendering": world.render,
+             "CLIP": lambda: reward(frames)}
+
+    def steps(work):
+        for _ in range(num_steps):
+            work()
+        return 1
+    seconds = {name: [] for name in (*parts, "SAC", "whole")}
+    for _ in range(rounds):
+        for name, work in parts.items():
+            seconds[name].append(1 / rate(lambda: steps(work)))
+        seconds["SAC"].append(1 / rate(lambda: len(sac.update_many(agent, replay, batch_size, updates)) > 0))
+        seconds["whole"].append(1 / rate(lambda: next(loop) is not None))
+    inside, whole = next(loop)["seconds"], statistics.median(seconds.pop("whole"))
+    best = {name: min(values) for name, values in seconds.items()}
+    print(f"(d) an iteration of {num_envs * num_steps} transitions and {updates} updates: {whole:.2f} s, {num_envs * num_steps / whole:.0f} "
+          "transitions/s; inside it: " + ", ".join(f"{part} {value / sum(inside.values()):.0%}" for part, value in inside.items()))
     print("    parts alone, best of the rounds: " + ", ".join(f"{part} {value:.2f} s" for part, value in best.items())
           + f"; their sum is {sum(best.values()) / whole:.2f} of the whole, the slowest {max(best.values()) / whole:.2f}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--clip", default="ViT-bigG-14/" if CUDA else str(vlmrm.TINY_CLIP), help="picture model")
+    parser.add_argument("--clip", default="ViT-bigG-14/" if CUDA else str(vlmrm.TINY_CLIP), help="picture model (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     print(f"{torch.cuda.get_device_name() if CUDA else f'CPU, {torch.get_num_threads()} threads'}, torch {torch.__version__}")
     reward = vlmrm.CLIPReward("a humanoid robot kneeling", clip=args.clip, device=DEVICE, random_weights=CUDA)
-    reward.clip = args.clip
-    settings = vlmrm.PAPER if CUDA else vlmrm.LESSON
-    for part in tqdm([
-            lambda: sac_updates(args.rounds, 128, 256), lambda: sac_updates(args.rounds, 256, 512), lambda: physics(args.rounds),
-            lambda: rendering(args.rounds, 64), lambda: rendering(args.rounds, 224),
-            lambda: picture_model(args.rounds, reward, 64), lambda: iteration(args.rounds, reward, settings)], disable=True):
-        part()
+    settings = vlmrm.FEWER | (vlmrm.LESSON if args.clip == str(vlmrm.TINY_CLIP) else {})
+    sac_updates(args.rounds, 256, 256)
+    sac_updates(args.rounds, 256, 512)
+    physics(args.rounds)
+    rendering(args.rounds, 64)
+    rendering(args.rounds, 224)
+    picture_model(args.rounds, reward, args.clip, 64)
+    iteration(args.rounds, reward, settings)
     if CUDA:
-        print(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+        print(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB; half-precision matmul {matmul_rate() / 1e12:.0f} TFLOP/s")
+
+
+def matmul_rate(n=8192):
+    """Half-precision floating point operations per second of a large matrix product."""
+    x = torch.randn(n, n, device=DEVICE, dtype=torch.float16)
+
+    def work():
+        for _ in range(20):
+            x @ x
+        return 20 * 2 * n ** 3
+    rate(work)
+    return rate(work)
 
 
 if __name__ == "__main__":
