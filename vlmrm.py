@@ -607,7 +607,7 @@ def parse(argv):
     for name, value in settings.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    if lesson:
+    if lesson and args.rank == 0:
         print("lesson: tiny_clip and settings that end in minutes. The paper's run needs a CUDA GPU: --clip " + PAPER["clip"])
     for flag in ("steps", "num_envs"):
         if getattr(args, flag) < 1:
