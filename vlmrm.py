@@ -424,13 +424,13 @@ PAPER = dict(
 FEWER = PAPER | dict(
     updates=400, batch_size=256, learning_starts=6_400, gamma=0.97, actor_tau=0.002, lr=3e-4, lr_decay=True, temperature=0.05,
     layer_norm=True, reward_std=0.3, reset_noise_scale=0.02)
-LESSON = dict(clip=str(TINY_CLIP), looks="plain", steps=256_000, replay=300_000, eval_every=12_800)
+LESSON = dict(clip=str(TINY_CLIP), looks="plain", steps=128_000, replay=300_000, eval_every=12_800)
 # Balancing pays off late: with gamma 0.97 the cart still drifts to the end of the rail, with 0.99 it does not.
 CARTPOLE = dict(
     steps=64_000, num_envs=16, rollout_steps=200, updates=300, batch_size=256, learning_starts=3_200, replay=100_000,
     gamma=0.99, tau=0.01, lr=1e-3, hidden=128, temperature=0.1, layer_norm=True, reward_std=0.3, reset_noise_scale=0.05,
     eval_every=9_600)
-TEST_EPISODES, TEST_NOISE = 25, 0.05  # per call of `evaluate`; reset noise large enough that the episodes differ
+TEST_EPISODES = 25  # per call of `evaluate`; they start as differently as in training, humanoids by 2 times Gymnasium's noise
 
 
 def evaluate(world, policy, label, seed):
@@ -447,7 +447,7 @@ def evaluate(world, policy, label, seed):
 
 def film_strip(policy, config, path, size=192, pictures=10):
     """Save evenly spaced pictures of one deterministic episode as one row."""
-    world = World(config.env_id, 1, size, config.looks, reset_noise_scale=TEST_NOISE)
+    world = World(config.env_id, 1, size, config.looks, reset_noise_scale=config.reset_noise_scale)
     obs, _ = world.reset(seed=config.seed)
     act = lambda obs: policy.act(obs, deterministic=True)
     _, frames, _ = sac.rollout(world, obs, act, world.scene.episode_length, label=lambda frames: frames[0])
@@ -482,7 +482,7 @@ def build(config):
         image_size = label.image_size
     num_envs = config.num_envs // config.processes
     world = World(config.env_id, num_envs, image_size, config.looks, goal, config.reset_noise_scale)
-    test_world = World(config.env_id, TEST_EPISODES, image_size, config.looks, goal, TEST_NOISE)
+    test_world = World(config.env_id, TEST_EPISODES, image_size, config.looks, goal, config.reset_noise_scale)
     if label:
         label(world.render())  # so that a missing OpenGL or a lack of memory shows before anything is written
     obs_dim, action_dim = world.single_observation_space.shape[0], world.single_action_space.shape[0]
