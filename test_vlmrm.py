@@ -509,7 +509,7 @@ def test_training_end_to_end_and_a_second_run_beside_the_first(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("argv, expected", [
-    ([], dict(clip=str(TINY_CLIP), looks="plain", steps=128_000, updates=400, lr_decay=True)),
+    ([], dict(clip=str(TINY_CLIP), looks="plain", steps=256_000, updates=400, lr_decay=True)),
     (["--paper"], dict(clip=str(TINY_CLIP), looks="plain", updates=100, batch_size=512, learning_starts=50_000, gamma=0.95, tau=0.005,
                        actor_tau=1.0, lr=6e-4, lr_decay=False, temperature=1.0, layer_norm=False, reward_std=None)),
     (["--paper", "--clip", "ViT-bigG-14/laion2b_s39b_b160k"], dict(looks="paper", steps=10_000_000, num_envs=32, reset_noise_scale=0.01)),
