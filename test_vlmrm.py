@@ -245,6 +245,52 @@ def test_kneeling_criterion_on_poses_by_hand(expected, how):
     assert TASKS["kneeling"].goal(world).tolist() == [expected]
 
 
+STAND = dict(height=1.283, hip_y=-5, knee=-12, shoulder1=10)
+LOTUS = dict(height=0.385, pitch=-9, abdomen_y=-71, hip_x=-24, hip_z=-60, hip_y=-2, knee=-160)
+SPLITS = dict(height=0.51, abdomen_y=-27, hip_x=-14, hip_z=-54, hip_y=-68, knee=-10)
+ARMS_UP = STAND | dict(shoulder1=-55, shoulder2=20, elbow=-28)
+HIPS = STAND | dict(shoulder1=50, shoulder2=-69, elbow=-22)
+CROSSED = STAND | dict(right_shoulder1=59, right_shoulder2=41, right_elbow=-73, left_shoulder1=52, left_shoulder2=-59, left_elbow=-4)
+ONE_LEG = dict(height=1.252, pitch=25, abdomen_y=-23, hip_x=-10, hip_z=-13, right_hip_y=-45, right_knee=-82, left_hip_y=-22, left_knee=-32)
+
+
+def posed(world, height, pitch=0, **degrees):
+    """A state by hand: torso height in m, pitch forward, hinges in degrees; "hip_y" is both hips. Left shoulders are mirrored."""
+    qpos = world.model.qpos0.copy()
+    qpos[2:7] = height, math.cos(math.radians(pitch) / 2), 0, math.sin(math.radians(pitch) / 2), 0
+    for name, angle in degrees.items():
+        if name.startswith(("abdomen", "right", "left")):
+            qpos[world.model.joint(name).qposadr[0]] = math.radians(angle)
+        else:
+            qpos[world.model.joint(f"right_{name}").qposadr[0]] = math.radians(angle)
+            qpos[world.model.joint(f"left_{name}").qposadr[0]] = math.radians(-angle if "shoulder" in name else angle)
+    return qpos
+
+
+@pytest.mark.parametrize("task, expected, how", [
+    ("standing", True, STAND), ("standing", True, ARMS_UP),
+    ("standing", False, STAND | dict(height=1.4)), ("standing", False, STAND | dict(pitch=50)),             # in the air, falling
+    ("standing", False, dict(height=0.9, hip_y=-90, knee=-120)), ("standing", False, ONE_LEG),              # squatting, on one leg
+    ("arms-raised", True, ARMS_UP), ("arms-raised", False, STAND),
+    ("arms-raised", False, ARMS_UP | dict(left_shoulder1=0)), ("arms-raised", False, ARMS_UP | dict(height=1.5)),  # one arm, in the air
+    ("lotus", True, LOTUS), ("lotus", False, LOTUS | dict(height=0.6)), ("lotus", False, SPLITS),           # in the air, legs stretched
+    ("lotus", False, LOTUS | dict(hip_z=0, hip_x=0)), ("lotus", False, LOTUS | dict(pitch=-60)),                     # knees ahead, lying
+    ("splits", True, SPLITS), ("splits", False, SPLITS | dict(hip_z=0)), ("splits", False, SPLITS | dict(knee=-90)),  # forward, bent
+    ("splits", False, SPLITS | dict(height=0.8)), ("splits", False, LOTUS),                                 # in the air
+    ("hands-on-hips", True, HIPS), ("hands-on-hips", False, STAND), ("hands-on-hips", False, CROSSED),      # before the chest
+    ("hands-on-hips", False, HIPS | dict(right_shoulder1=0)),                                               # one hand only
+    ("one-leg", True, ONE_LEG), ("one-leg", False, STAND),
+    ("one-leg", False, ONE_LEG | dict(height=1.4)), ("one-leg", False, ONE_LEG | dict(pitch=70)),           # jumping, falling
+    ("arms-crossed", True, CROSSED), ("arms-crossed", False, STAND), ("arms-crossed", False, HIPS),
+    ("arms-crossed", False, CROSSED | dict(left_shoulder1=0, left_shoulder2=0)),                            # one arm across
+    ("arms-crossed", False, STAND | dict(shoulder1=60, elbow=-10)),                                         # hands meet, arms do not cross
+])
+def test_criteria_on_poses_by_hand(task, expected, how):
+    world = World(num_envs=1)
+    world.set_state(posed(world, **how)[None])
+    assert TASKS[task].goal(world).tolist() == [expected]
+
+
 def test_balanced_criterion_is_the_reward_of_step():
     world = World("InvertedPendulum-v5", 3, goal=TASKS["cartpole"].goal)
     world.reset(seed=0)
@@ -440,6 +486,8 @@ def test_sac_learns_to_hold_the_pole_longer():
     (["--task", "kneeling", "--out", "{tmp}/empty"], "exists and is not overwritten"),
     (["--prompt", "x", "--reward", "truth"], "--task kneeling"),
     ([], "--prompt"),
+    (["--eval", "{tmp}/empty"], "no config.json"),
+    (["--eval", "{tmp}/empty", "--episodes", "0"], "--episodes must be"),
     (["--task", "flying"], "invalid choice"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(argv, message, tmp_path, capsys, monkeypatch):
@@ -463,8 +511,9 @@ def test_unreachable_hub_says_what_to_do_offline(monkeypatch):
 
 def run(*argv, cwd, **env):
     import os
+    heed_ctrl_c = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background inherits deafness
     return subprocess.Popen([sys.executable, *map(str, argv)], cwd=cwd, env=os.environ | env, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True)
+                            stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c)
 
 
 def test_random_weights_only_when_asked_for():
@@ -504,8 +553,33 @@ def test_training_end_to_end_and_a_second_run_beside_the_first(tmp_path, monkeyp
         assert json.loads((folder / "config.json").read_text())["num_envs"] == 2
         assert torch.load(folder / "best.pt", weights_only=True)["step"] <= int(progress[-1]["step"])
     assert Image.open(first / "film.png").size == (1920, 192)
+    assert Image.open(first / "film.gif").n_frames > 50 and Image.open(first / "curve.png").size == (640, 240)
     out = capsys.readouterr().out
     assert out.count("success rate") == 3 and "1 update per" in out and "lesson" in out
+
+
+def test_epic_and_auroc_against_closed_forms_and_counting():
+    rng = np.random.default_rng(0)
+    goal, reward = rng.random(200) < 0.3, rng.integers(0, 9, 200) / 9.0
+    assert vlmrm.epic(3 * goal - 1.0, goal) == pytest.approx(0, abs=1e-6) and vlmrm.epic(-2.0 * goal, goal) == pytest.approx(1)
+    z = lambda x: (x - x.mean()) / x.std()  # for standardised rewards EPIC is half their root mean square distance
+    assert vlmrm.epic(reward, goal) == pytest.approx(np.sqrt(((z(reward) - z(goal.astype(float))) ** 2).mean()) / 2)
+    pairs = [(a > b) + 0.5 * (a == b) for a in reward[goal] for b in reward[~goal]]
+    assert vlmrm.auroc(reward, goal) == pytest.approx(np.mean(pairs))
+    assert math.isnan(vlmrm.epic(reward, goal & False)) and math.isnan(vlmrm.auroc(reward, goal & False))
+    assert vlmrm.hacked(np.array([1, 2, 3, 4.0]), np.array([True, True, False, False])) == 0.5 and math.isnan(vlmrm.hacked(reward, goal & False))
+
+
+def test_eval_of_a_run_prints_a_table_and_writes_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(vlmrm.CARTPOLE, "updates", 2)
+    monkeypatch.setattr(vlmrm, "TEST_EPISODES", 2)
+    vlmrm.main(["--task", "cartpole", "--steps", "800", "--num-envs", "2", "--out", "cart"])
+    vlmrm.main(["--eval", "cart", "--episodes", "3"])
+    result = json.loads(Path("cart/eval.json").read_text())
+    assert result["episodes"] == 3 and [row["alpha"] for row in result["alphas"]] == [0, 0.25, 0.5, 0.75, 1]
+    assert 0 <= result["success"] <= 1 and all(0 <= row["epic"] <= 1 and 0 <= row["auroc"] <= 1 for row in result["alphas"])
+    assert "3 deterministic episodes" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("argv, expected", [

@@ -36,7 +36,7 @@ import open_clip
 import torch
 import torch.distributed as dist
 import torchvision.transforms.functional as TF
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import nn
 from torch.nn.functional import normalize
 from tqdm import tqdm
@@ -180,22 +180,103 @@ def warn_of_unknown_words(clip, texts):
 
 # ------------------------------------------------------------------------------------------------------------ the tasks
 
+# What the paper's rater looked for (Table 1, quoted), as facts about the body: world -> (num_envs,) bool.
+
 def kneeling(world):
-    """Both knees touch the floor, not losing balance, not in the air; sitting back on the heels is kneeling, too."""
+    """Both knees touch the floor; not losing balance, not in the air. Sitting back on the heels is kneeling, too."""
     # On the knee the shin's front (its x axis) faces down: sitting with the legs crossed or stretched out does not count.
-    knees = [(knee_gap(world, side) < 0.015) & (world.axis(f"{side}_shin", "x")[:, 2] < -0.5) for side in ("right", "left")]
+    knees = [(knee_gap(world, side) < 0.015) & (world.axis(f"{side}_shin", "x")[:, 2] < -0.5) for side in SIDES]
     return knees[0] & knees[1] & upright(world)
+
+
+def lotus(world):
+    """Seated; both knees on the floor facing outwards, feet inwards."""
+    knees, feet = ([across(world, "pelvis", point(world, side)) * sign for side, sign in SIDES.items()] for point in (knee, foot))
+    outwards = [(k > 0.2) & (f < k - 0.1) & (knee_gap(world, side) < 0.1) for k, f, side in zip(knees, feet, SIDES)]
+    return seated(world) & upright(world) & outwards[0] & outwards[1]
+
+
+def standing(world):
+    """Stands without falling."""
+    return on_feet(world) & (foot_gap(world, "right") < 0.03) & (foot_gap(world, "left") < 0.03)
+
+
+def arms_raised(world):
+    """Stands, both arms raised: both hands above the middle of the head."""
+    head = world.point("torso", (0, 0, 0.19))[:, 2]
+    return on_feet(world) & (hand(world, "right")[:, 2] > head) & (hand(world, "left")[:, 2] > head)
+
+
+def splits(world):
+    """On the floor, side splits, legs stretched on the floor: knees straight, at least 100 degrees between the thighs."""
+    stretched = [(foot_gap(world, side) < 0.1) & (knee_gap(world, side) < 0.1) & (world.angle(f"{side}_knee") > -0.6) for side in SIDES]
+    right, left = (world.axis(f"{side}_thigh", "z") for side in SIDES)
+    return seated(world) & stretched[0] & stretched[1] & ((right * left).sum(-1) < np.cos(np.radians(100)))
+
+
+def hands_on_hips(world):
+    """Stands, both hands at the base of the hips, not on the chest."""
+    near = [np.linalg.norm(hand(world, side) - world.point("pelvis", (0, 0.2 * sign, 0.05)), axis=-1) < 0.15 for side, sign in SIDES.items()]
+    return on_feet(world) & near[0] & near[1]
+
+
+def one_leg(world):
+    """One foot only on the floor, balanced."""
+    return on_feet(world) & (np.maximum(*(foot_gap(world, side) for side in SIDES)) > 0.1)
+
+
+def arms_crossed(world):
+    """Stands, arms really crossed: in front of the chest, each hand on the other arm's side of the body."""
+    chest = world.point("torso")
+    crossed = [(across(world, "torso", hand(world, side)) * sign < -0.05) & (np.abs((hand(world, side) - chest)[:, 2]) < 0.25)
+               & (((hand(world, side) - chest) * world.axis("torso", "x")).sum(-1) > 0.1) for side, sign in SIDES.items()]
+    return on_feet(world) & crossed[0] & crossed[1]
+
+
+SIDES = {"right": -1, "left": 1}  # and where they are on the robot's y axis
+
+
+def knee(world, side):
+    return world.point(f"{side}_shin")
+
+
+def foot(world, side):
+    return world.point(f"{side}_foot", (0, 0, 0.1))
+
+
+def hand(world, side):
+    return world.point(f"{side}_lower_arm", (0.18, -0.18 * SIDES[side], 0.18))
 
 
 def knee_gap(world, side):
     """Distance in m between floor and knee, where the capsules of thigh (radius 0.06) and shin (0.049) meet."""
-    thigh_end = (0, 0.01 if side == "right" else -0.01, -0.34)
-    return np.minimum(world.point(f"{side}_thigh", thigh_end)[:, 2] - 0.06, world.point(f"{side}_shin")[:, 2] - 0.049)
+    thigh_end = (0, -0.01 * SIDES[side], -0.34)
+    return np.minimum(world.point(f"{side}_thigh", thigh_end)[:, 2] - 0.06, knee(world, side)[:, 2] - 0.049)
+
+
+def foot_gap(world, side):
+    """Distance in m between floor and foot, a ball of radius 0.075."""
+    return foot(world, side)[:, 2] - 0.075
+
+
+def across(world, body, point):
+    """How far a point (num_envs, 3) lies to the left of a body, in m."""
+    return ((point - world.point(body)) * world.axis(body, "y")).sum(-1)
 
 
 def upright(world):
     """The torso is within 37 degrees of the vertical."""
     return world.axis("torso", "z")[:, 2] > 0.8
+
+
+def on_feet(world):
+    """The torso is upright, the pelvis at least at 0.8 of its 0.97 m, and a foot on the floor."""
+    return upright(world) & (world.point("pelvis")[:, 2] > 0.8) & (np.minimum(*(foot_gap(world, side) for side in SIDES)) < 0.03)
+
+
+def seated(world):
+    """The pelvis, a capsule of radius 0.09, rests on the floor or up to 11 cm above it (it tilts)."""
+    return world.point("pelvis")[:, 2] < 0.2
 
 
 def balanced(world):
@@ -213,13 +294,13 @@ class Task(NamedTuple):
 
 TASKS = {
     "kneeling": Task("a humanoid robot kneeling", kneeling),
-    "lotus": Task("a humanoid robot seated down, meditating in the lotus position"),
-    "standing": Task("a humanoid robot standing up"),
-    "arms-raised": Task("a humanoid robot standing up, with both arms raised"),
-    "splits": Task("a humanoid robot practicing gymnastics, doing the side splits"),
-    "hands-on-hips": Task("a humanoid robot standing up with hands on hips"),
-    "one-leg": Task("a humanoid robot standing up on one leg"),
-    "arms-crossed": Task("a humanoid robot standing up, with its arms crossed"),
+    "lotus": Task("a humanoid robot seated down, meditating in the lotus position", lotus),
+    "standing": Task("a humanoid robot standing up", standing),
+    "arms-raised": Task("a humanoid robot standing up, with both arms raised", arms_raised),
+    "splits": Task("a humanoid robot practicing gymnastics, doing the side splits", splits),
+    "hands-on-hips": Task("a humanoid robot standing up with hands on hips", hands_on_hips),
+    "one-leg": Task("a humanoid robot standing up on one leg", one_leg),
+    "arms-crossed": Task("a humanoid robot standing up, with its arms crossed", arms_crossed),
     "cartpole": Task("pole vertically upright on top of the cart", balanced, "InvertedPendulum-v5", "pole and cart"),
 }
 
@@ -285,6 +366,10 @@ class World(gym.vector.VectorEnv):
         """Where a point of a body, given in the body's own frame in m, is in the world, (num_envs, 3)."""
         i = self.model.body(body).id
         return self.xpos[:, i] + self.xmat[:, i].reshape(-1, 3, 3) @ np.array(offset)
+
+    def angle(self, joint):
+        """A hinge's angle in rad, (num_envs,)."""
+        return self.qpos[:, self.model.joint(joint).qposadr[0]]
 
     def axis(self, body, name):
         """The body frame's axis "x" (front), "y" (left) or "z" (up) in the world, unit vectors (num_envs, 3)."""
@@ -445,15 +530,51 @@ def evaluate(world, policy, label, seed):
     return rewards.sum(0), block.reward.mean(0) >= 0.5
 
 
-def film_strip(policy, config, path, size=192, pictures=10):
-    """Save evenly spaced pictures of one deterministic episode as one row."""
-    world = World(config.env_id, 1, size, config.looks, reset_noise_scale=config.reset_noise_scale)
+def film(policy, config, label, folder, size=192, pictures=10):
+    """One deterministic episode as film.png, a row of pictures, and film.gif, with the reward as a growing curve (from its lowest
+    to its highest) and a green mark while the criterion holds."""
+    world, large = (World(config.env_id, 1, pixels, config.looks, config.goal, config.reset_noise_scale)
+                    for pixels in (label.image_size if label else size, size))
+    states = []
+
+    def look(frames):
+        states.append(world.qpos.copy())
+        return label(frames) if label else torch.as_tensor(world.goal(world)).float()
     obs, _ = world.reset(seed=config.seed)
-    act = lambda obs: policy.act(obs, deterministic=True)
-    _, frames, _ = sac.rollout(world, obs, act, world.scene.episode_length, label=lambda frames: frames[0])
+    block, rewards, _ = sac.rollout(world, obs, lambda obs: policy.act(obs, deterministic=True), world.scene.episode_length, look)
+    frames = []
+    for qpos in states:
+        large.set_state(qpos)
+        frames.append(large.render()[0])
     every = len(frames) // pictures
-    Image.fromarray(np.concatenate(frames[every - 1::every], axis=1)).save(path)
+    Image.fromarray(np.concatenate(frames[every - 1::every], axis=1)).save(folder / "film.png")
+    images, rewards = [Image.fromarray(frame) for frame in frames], torch.cat(rewards).tolist()
+    x = np.linspace(5, size - 5, len(images))
+    y = np.interp(rewards, [min(rewards), max(rewards)], [size - 5, size * 0.75])
+    for t, image in enumerate(images):
+        draw = ImageDraw.Draw(image)
+        draw.line([*zip(x[:t + 1], y)], fill="yellow", width=2)
+        draw.ellipse((5, 5, 17, 17), fill="lime" if block.reward[t, 0] else "gray")
+    images[0].save(folder / "film.gif", save_all=True, append_images=images[1:], duration=30, loop=0)
     world.close()
+    large.close()
+
+
+def learning_curve(folder, width=640, height=240):
+    """curve.png from progress.csv: CLIP return (white, its range on the left) and success rate (green, 0 to 1) against steps."""
+    rows = list(csv.DictReader(open(folder / "progress.csv")))
+    image = Image.new("RGB", (width, height), "black")
+    draw = ImageDraw.Draw(image)
+    x = np.interp([float(row["step"]) for row in rows], [0, float(rows[-1]["step"])], [50, width - 10])
+    for name, color, limits in (("return", "white", None), ("success", "lime", (0, 1))):
+        values = [float(row[name]) for row in rows]
+        low, high = limits or (min(values), max(values) + 1e-9)
+        draw.line([*zip(x, np.interp(values, [low, high], [height - 25, 10]))], fill=color, width=2)
+        if limits is None:
+            draw.text((5, 5), f"{high:.1f}", fill=color)
+            draw.text((5, height - 35), f"{low:.1f}", fill=color)
+    draw.text((width // 2 - 60, height - 18), f"0 to {rows[-1]['step']} steps", fill="gray")
+    image.save(folder / "curve.png")
 
 
 def new_folder(config):
@@ -515,7 +636,7 @@ def train(config):
         return
     folder, start, step = new_folder(config), time.time(), 0
     print(f"writing to {folder}", flush=True)
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in vars(config).items() if k != "goal"}, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in vars(config).items() if k not in ("goal", "eval")}, indent=2) + "\n")
     save = lambda name, policy: torch.save({"step": step, "agent": policy.state_dict()}, folder / name)
     best, next_test, episode = -np.inf, config.eval_every, []
     try:
@@ -548,8 +669,9 @@ def train(config):
     policy.load_state_dict(torch.load(folder / "best.pt", weights_only=True)["agent"])
     results = [evaluate(test_world, policy, label, config.seed + 2_000_000 + i * TEST_EPISODES) for i in range(4)]
     returns, success = map(np.concatenate, zip(*results))                                                           # (100,)
+    learning_curve(folder)
     if label:
-        film_strip(policy, config, folder / "film.png")
+        film(policy, config, label, folder)
     print(f"best policy, {len(returns)} deterministic episodes: {'CLIP' if label else 'criterion'} return {returns.mean():.2f}"
           + (f", success rate {success.mean():.0%}" if config.goal else "")
           + f", {(time.time() - start) / 60:.1f} minutes in all; see {folder}", flush=True)
@@ -564,6 +686,72 @@ def log(row, seconds, file, bar):
     file.flush()
     shares = " ".join(f"{part} {value / sum(seconds.values()):.0%}" for part, value in seconds.items())
     bar.set_postfix_str(f"return {row['return']:.2f}, success {row['success']:.0%}, {shares}")
+
+
+# ------------------------------------------------------------------------------- evaluation: the simulator is the judge
+
+ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def epic(reward, goal):
+    """EPIC distance (section 4.1) between rewards (N,) and the 0/1 criterion (N,): sqrt((1 - Pearson's rho) / 2).
+
+    0 means the same but for scale and offset, 0.71 no relation; nan where either never varies.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return float(np.sqrt((1 - np.corrcoef(reward, goal)[0, 1]) / 2))
+
+
+def auroc(reward, goal):
+    """Probability that a goal state's reward is above another state's (ties count half); nan without both kinds."""
+    _, inverse, counts = np.unique(reward, return_inverse=True, return_counts=True)
+    rank = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    true, false = goal.sum(), (~goal).sum()
+    return float((rank[goal].sum() - true * (true + 1) / 2) / (true * false)) if true and false else float("nan")
+
+
+def hacked(reward, goal):
+    """Share of states that beat the median goal state's reward without being goal states; nan without goal states."""
+    return float(((reward > np.median(reward[goal])) & ~goal).mean()) if goal.any() else float("nan")
+
+
+def evaluate_run(folder, episodes):
+    """The best policy of a run in deterministic episodes: one table on the screen, and eval.json in the run's folder."""
+    config = read_config(folder)
+    label, _, world, agent, _ = build(config)
+    policy = agent.policy()
+    policy.load_state_dict(torch.load(folder / "best.pt", weights_only=True)["agent"])
+    vectors, goals = [], []
+    for i in range(-(-episodes // world.num_envs)):
+        obs, _ = world.reset(seed=config.seed + 3_000_000 + i * world.num_envs)
+        act = lambda obs: policy.act(obs, deterministic=True)
+        block, labels, _ = sac.rollout(world, obs, act, world.scene.episode_length, label.embed)
+        vectors.append(torch.stack(labels, 1))                                                      # (num_envs, T, D)
+        goals.append(block.reward.T > 0)                                                            # (num_envs, T)
+    vectors, goals = torch.cat(vectors)[:episodes], np.concatenate(goals)[:episodes]
+    reward = lambda alpha: goal_baseline_reward(vectors.flatten(0, 1), label.goal, label.baseline, alpha).cpu().numpy()
+    result = {"episodes": episodes, "success": float((goals.mean(1) >= 0.5).mean()),
+              "return": float(reward(config.alpha).reshape(goals.shape).sum(1).mean()),
+              "alphas": [{"alpha": alpha, "epic": epic(r, goals.flatten()), "auroc": auroc(r, goals.flatten()),
+                          "hacked": hacked(r, goals.flatten())} for alpha in ALPHAS for r in (reward(alpha),)]}
+    (folder / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
+    film(policy, config, label, folder)
+    print(f"{episodes} deterministic episodes: success rate {result['success']:.0%}, CLIP return {result['return']:.2f}, "
+          f"goal states {goals.mean():.0%} of the steps\nalpha   EPIC  AUROC  hacked")
+    for row in result["alphas"]:
+        print(f"{row['alpha']:5.2f} {row['epic']:6.3f} {row['auroc']:6.3f} {row['hacked']:7.1%}")
+
+
+def read_config(folder):
+    """The configuration of a run; raises UsageError where there is none."""
+    if not (folder / "config.json").is_file() or not (folder / "best.pt").is_file():
+        raise UsageError(f"--eval {folder}: no config.json and best.pt there; give a run's folder, for example runs/a-humanoid-robot-kneeling")
+    config = argparse.Namespace(**json.loads((folder / "config.json").read_text()))
+    task = TASKS.get(config.task, Task(config.prompt))
+    config.goal = task.goal if config.env_id == task.env_id else None
+    config.reward, config.rank, config.processes = "clip", 0, 1
+    config.device = "cuda" if torch.cuda.is_available() else "cpu"
+    return config
 
 
 # ---------------------------------------------------------------------------------------------------------- the command line
@@ -583,11 +771,18 @@ def parse(argv):
     p.add_argument("--steps", type=int, help="transitions in all, rounded up to whole episodes")
     p.add_argument("--num-envs", type=int, help="simulations")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--eval", metavar="RUN", type=Path, help="do not train: evaluate the best policy of this run's folder")
+    p.add_argument("--episodes", type=int, default=100, help="of --eval (default: 100)")
     p.add_argument("--out", help="the run's folder (default: runs/<prompt>)")
     args = p.parse_args(argv)
+    if args.episodes < 1:
+        raise UsageError(f"--episodes must be at least 1, not {args.episodes}")
+    if args.eval:
+        return args
     if args.prompt is None and args.task is None:
         raise UsageError('say what to learn: --prompt "a humanoid robot kneeling" or --task kneeling')
-    named = TASKS[args.task] if args.task else next((t for t in TASKS.values() if t.prompt == args.prompt), Task(args.prompt))
+    args.task = args.task or next((name for name, task in TASKS.items() if task.prompt == args.prompt), None)
+    named = TASKS[args.task] if args.task else Task(args.prompt)
     args.prompt = named.prompt if args.prompt is None else args.prompt
     args.env_id = args.env_id or named.env_id
     args.baseline = named.baseline if args.baseline is None else args.baseline
@@ -625,6 +820,8 @@ def parse(argv):
 def main(argv=None):
     """The command line."""
     config = parse(argv)
+    if config.eval:
+        return evaluate_run(config.eval, config.episodes)
     if config.processes > 1:
         dist.init_process_group()
     train(config)
