@@ -7,6 +7,7 @@ Ways of doing the same thing take turns; rates are medians over the rounds. On C
 random weights (good for speed and for nothing else), otherwise tiny_clip.
 """
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("MUJOCO_GL", "egl")  # Gymnasium's own renderer would ask for a window
 import sac
 import vlmrm
 
@@ -111,8 +113,8 @@ def rendering(rounds, size, n=20):
     worlds = {looks: vlmrm.World("Humanoid-v5", n, size, looks) for looks in ("plain", "paper", "original")}
     for world in worlds.values():
         world.reset(seed=0)
-    compare(f"(b) pictures of {size} x {size}", "frames/s", rounds, gymnasium=gymnasium, **{
-        f"ours, {looks}": lambda world=world: len(world.render()) for looks, world in worlds.items()})
+    ours = {f"ours, {looks}": lambda world=world: len(world.render()) for looks, world in worlds.items()}
+    compare(f"(b) pictures of {size} x {size}", "frames/s", rounds, **ours, gymnasium=gymnasium)
     theirs.close()
 
 
@@ -123,7 +125,7 @@ def picture_model(rounds, reward, clip, n):
     ready = ready.half() if CUDA else ready
     plain = vlmrm.CLIPReward("a robot", clip=clip, device="cpu", random_weights=CUDA)
     plain.to(DEVICE)
-    transform = vlmrm.open_clip.image_transform_v2(plain.config, is_train=False)
+    transform = vlmrm.open_clip.transform.image_transform_v2(plain.config, is_train=False)
 
     def the_plain_way():
         with torch.no_grad(), torch.autocast(DEVICE):
