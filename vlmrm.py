@@ -237,14 +237,17 @@ SIDES = {"right": -1, "left": 1}  # and where they are on the robot's y axis
 
 
 def knee(world, side):
+    """The knee's centre in the world, m, (num_envs, 3)."""
     return world.point(f"{side}_shin")
 
 
 def foot(world, side):
+    """The foot's centre in the world, m, (num_envs, 3)."""
     return world.point(f"{side}_foot", (0, 0, 0.1))
 
 
 def hand(world, side):
+    """The hand's centre in the world, m, (num_envs, 3)."""
     return world.point(f"{side}_lower_arm", (0.18, -0.18 * SIDES[side], 0.18))
 
 
