@@ -580,6 +580,10 @@ def test_eval_of_a_run_prints_a_table_and_writes_it(tmp_path, monkeypatch, capsy
     assert result["episodes"] == 3 and [row["alpha"] for row in result["alphas"]] == [0, 0.25, 0.5, 0.75, 1]
     assert 0 <= result["success"] <= 1 and all(0 <= row["epic"] <= 1 and 0 <= row["auroc"] <= 1 for row in result["alphas"])
     assert "3 deterministic episodes" in capsys.readouterr().out
+    config = json.loads(Path("cart/config.json").read_text())
+    Path("cart/config.json").write_text(json.dumps(config | {"task": None, "prompt": "a cart"}))
+    with pytest.raises(UsageError, match="no criterion for 'a cart'"):
+        vlmrm.main(["--eval", "cart"])
 
 
 @pytest.mark.parametrize("argv, expected", [

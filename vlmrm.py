@@ -752,6 +752,8 @@ def read_config(folder):
     config = argparse.Namespace(**json.loads((folder / "config.json").read_text()))
     task = TASKS.get(config.task, Task(config.prompt))
     config.goal = task.goal if config.env_id == task.env_id else None
+    if config.goal is None:
+        raise UsageError(f"--eval {folder}: the simulator has no criterion for {config.prompt!r}; it judges the prompts of --task {', '.join(TASKS)}")
     config.reward, config.rank, config.processes = "clip", 0, 1
     config.device = "cuda" if torch.cuda.is_available() else "cpu"
     return config
