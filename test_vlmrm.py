@@ -19,7 +19,7 @@ from PIL import Image
 
 import sac
 import vlmrm
-from vlmrm import TASKS, TINY_CLIP, CLIPReward, UsageError, World, goal_baseline_reward
+from vlmrm import STAND, TASKS, TINY_CLIP, CLIPReward, UsageError, World, goal_baseline_reward, posture
 
 HERE = Path(__file__).parent
 WORLDS = {  # our world -> the Gymnasium task that it must equal bit for bit
@@ -27,6 +27,8 @@ WORLDS = {  # our world -> the Gymnasium task that it must equal bit for bit
                         include_qfrc_actuator_in_observation=False, include_cfrc_ext_in_observation=False),
     "InvertedPendulum-v5": {},
 }
+KNEEL, LOTUS, ARMS_UP, SPLITS, HIPS, ONE_LEG, CROSSED = (TASKS[name].posture for name in (
+    "kneeling", "lotus", "arms-raised", "splits", "hands-on-hips", "one-leg", "arms-crossed"))
 
 
 # ---------------------------------------------------------------------------------------------------------------- the reward
@@ -123,7 +125,7 @@ def test_tiny_clip_is_small_half_precision_and_prefers_true_captions():
     assert weights.stat().st_size <= 8e6
     assert {tensor.dtype for tensor in load_file(weights).values() if tensor.is_floating_point()} == {torch.float16}
     world = World("Humanoid-v5", 3, 64, "plain")
-    world.set_state(np.stack([pose(world), pose(world, hip=-60, knee=-150), pose(world, hip=0, knee=-5, height=1.4)]))
+    world.set_state(np.stack([posture(world.model, **how) for how in (KNEEL, dict(hip_y=-60, knee=-157), STAND)]))
     rewards = CLIPReward(TASKS["kneeling"].prompt)(world.render())
     assert min(rewards[0], rewards[1]) > rewards[2] + 0.1
     cart = World("InvertedPendulum-v5", 3, 64, "plain")
@@ -211,66 +213,27 @@ def test_original_looks_are_gymnasiums():
 @pytest.mark.parametrize("looks", ["paper", "original", "plain"])
 def test_every_look_shows_the_robot_move(looks):
     world = World("Humanoid-v5", 2, 64, looks)
-    world.set_state(np.stack([pose(world), pose(world, hip=0, knee=-5, height=1.4)]))
+    world.set_state(np.stack([posture(world.model, **how) for how in (KNEEL, STAND)]))
     kneeling, standing = world.render().astype(int)
-    assert kneeling.shape == (64, 64, 3) and np.abs(kneeling - standing).mean() > 2
-
-
-def pose(world, hip=-10.0, knee=-100.0, height=None, pitch=0.0, left_knee=None):
-    """A state by hand: both hips and knees in degrees, torso height in m (None: lowest knee on the floor), pitch forward."""
-    qpos = world.model.qpos0.copy()
-    for side, value in (("right", knee), ("left", knee if left_knee is None else left_knee)):
-        for joint, angle in ((f"{side}_hip_y", hip), (f"{side}_knee", value)):
-            qpos[world.model.joint(joint).qposadr[0]] = math.radians(angle)
-    qpos[3:7] = math.cos(math.radians(pitch) / 2), 0, math.sin(math.radians(pitch) / 2), 0
-    if height is None:
-        data = mujoco.MjData(world.model)
-        data.qpos[:] = qpos
-        mujoco.mj_kinematics(world.model, data)
-        qpos[2] -= min(data.body(f"{side}_shin").xpos[2] for side in ("right", "left")) - 0.05
-    else:
-        qpos[2] = height
-    return qpos
+    assert kneeling.shape == (64, 64, 3) and np.abs(kneeling - standing).mean() > 1
 
 
 @pytest.mark.parametrize("expected, how", [
-    (True, dict()), (True, dict(hip=-60, knee=-150)), (True, dict(pitch=20, hip=-30)),      # upright, on the heels, leaning a little
-    (False, dict(hip=0, knee=-5, height=1.4)), (False, dict(height=1.2)),                   # standing, kneeling in the air
-    (False, dict(left_knee=-20)), (False, dict(pitch=80, hip=-90)),                         # one shin forward, fallen forward
-    (False, dict(hip=-90, knee=-5)), (False, dict(pitch=-60, hip=30)),                      # legs stretched out, fallen back
+    (True, dict()), (True, dict(hip_y=-60, knee=-157)), (True, dict(pitch=20, hip_y=-30)),  # upright, on the heels, leaning a little
+    (False, dict(hip_y=0, knee=-5)), (False, dict(height=1.2)),                             # standing, kneeling in the air
+    (False, dict(left_hip_y=-90, left_knee=-90)), (False, dict(pitch=80, hip_y=-90)),       # on one knee, fallen forward
+    (False, dict(hip_y=-90, knee=-5)), (False, dict(pitch=-60, hip_y=30)),                  # legs stretched out, fallen back
 ])
 def test_kneeling_criterion_on_poses_by_hand(expected, how):
     world = World(num_envs=1)
-    world.set_state(pose(world, **how)[None])
+    world.set_state(posture(world.model, **(KNEEL | how))[None])
     assert TASKS["kneeling"].goal(world).tolist() == [expected]
-
-
-STAND = dict(height=1.283, hip_y=-5, knee=-12, shoulder1=10)
-LOTUS = dict(height=0.385, pitch=-9, abdomen_y=-71, hip_x=-24, hip_z=-60, hip_y=-2, knee=-160)
-SPLITS = dict(height=0.51, abdomen_y=-27, hip_x=-14, hip_z=-54, hip_y=-68, knee=-10)
-ARMS_UP = STAND | dict(shoulder1=-55, shoulder2=20, elbow=-28)
-HIPS = STAND | dict(shoulder1=50, shoulder2=-69, elbow=-22)
-CROSSED = STAND | dict(right_shoulder1=59, right_shoulder2=41, right_elbow=-73, left_shoulder1=52, left_shoulder2=-59, left_elbow=-4)
-ONE_LEG = dict(height=1.252, pitch=25, abdomen_y=-23, hip_x=-10, hip_z=-13, right_hip_y=-45, right_knee=-82, left_hip_y=-22, left_knee=-32)
-
-
-def posed(world, height, pitch=0, **degrees):
-    """A state by hand: torso height in m, pitch forward, hinges in degrees; "hip_y" is both hips. Left shoulders are mirrored."""
-    qpos = world.model.qpos0.copy()
-    qpos[2:7] = height, math.cos(math.radians(pitch) / 2), 0, math.sin(math.radians(pitch) / 2), 0
-    for name, angle in degrees.items():
-        if name.startswith(("abdomen", "right", "left")):
-            qpos[world.model.joint(name).qposadr[0]] = math.radians(angle)
-        else:
-            qpos[world.model.joint(f"right_{name}").qposadr[0]] = math.radians(angle)
-            qpos[world.model.joint(f"left_{name}").qposadr[0]] = math.radians(-angle if "shoulder" in name else angle)
-    return qpos
 
 
 @pytest.mark.parametrize("task, expected, how", [
     ("standing", True, STAND), ("standing", True, ARMS_UP),
     ("standing", False, STAND | dict(height=1.4)), ("standing", False, STAND | dict(pitch=50)),             # in the air, falling
-    ("standing", False, dict(height=0.9, hip_y=-90, knee=-120)), ("standing", False, ONE_LEG),              # squatting, on one leg
+    ("standing", False, dict(hip_y=-90, knee=-120)), ("standing", False, ONE_LEG),              # squatting, on one leg
     ("arms-raised", True, ARMS_UP), ("arms-raised", False, STAND),
     ("arms-raised", False, ARMS_UP | dict(left_shoulder1=0)), ("arms-raised", False, ARMS_UP | dict(height=1.5)),  # one arm, in the air
     ("lotus", True, LOTUS), ("lotus", False, LOTUS | dict(height=0.6)), ("lotus", False, SPLITS),           # in the air, legs stretched
@@ -287,8 +250,20 @@ def posed(world, height, pitch=0, **degrees):
 ])
 def test_criteria_on_poses_by_hand(task, expected, how):
     world = World(num_envs=1)
-    world.set_state(posed(world, **how)[None])
+    world.set_state(posture(world.model, **how)[None])
     assert TASKS[task].goal(world).tolist() == [expected]
+
+
+@pytest.mark.parametrize("how", [KNEEL, LOTUS, STAND, dict(pitch=80)])
+def test_postures_touch_the_floor_as_mujoco_sees_it(how):
+    model = World(num_envs=1).model
+    data, touching = mujoco.MjData(model), []
+    for gap in (-0.001, 0.001):
+        data.qpos[:] = posture(model, **how)
+        data.qpos[2] += gap
+        mujoco.mj_forward(model, data)
+        touching.append(any(0 in contact.geom and contact.dist < 0 for contact in data.contact))
+    assert touching == [True, False]
 
 
 def test_balanced_criterion_is_the_reward_of_step():
@@ -489,6 +464,9 @@ def test_sac_learns_to_hold_the_pole_longer():
     (["--eval", "{tmp}/empty"], "no config.json"),
     (["--eval", "{tmp}/empty", "--episodes", "0"], "--episodes must be"),
     (["--task", "flying"], "invalid choice"),
+    (["--task", "kneeling", "--landscape", "tail"], "there are abdomen_z"),
+    (["--prompt", "a", "b"], "--eval without a run"),
+    (["--eval", "--prompt", "a robot"], "add --task kneeling"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(argv, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -584,6 +562,42 @@ def test_eval_of_a_run_prints_a_table_and_writes_it(tmp_path, monkeypatch, capsy
     Path("cart/config.json").write_text(json.dumps(config | {"task": None, "prompt": "a cart"}))
     with pytest.raises(UsageError, match="no criterion for 'a cart'"):
         vlmrm.main(["--eval", "cart"])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_labelled_states_are_the_same_for_everyone_and_of_both_kinds(task):
+    qpos = vlmrm.labelled_states(task)
+    np.testing.assert_array_equal(qpos, vlmrm.labelled_states(task))
+    world = World(TASKS[task].env_id, len(qpos))
+    world.set_state(qpos)
+    assert 0.05 < TASKS[task].goal(world).mean() < 0.7
+
+
+def test_models_and_prompts_are_compared_without_a_run(capsys, monkeypatch):
+    vlmrm.main(["--eval", "--task", "cartpole", "--clip", "tiny_clip", "tiny_clip", "--prompt", "balanced pole on the cart", "fallen pole and cart"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if "tiny_clip" in line]
+    assert len(rows) == 4 and rows[:2] == rows[2:] and rows[0].endswith("balanced pole on the cart")
+    world = World("InvertedPendulum-v5", 1000, 64, "plain")
+    world.set_state(vlmrm.labelled_states("cartpole"))
+    frames, goal = world.render(), TASKS["cartpole"].goal(world)
+    for row, prompt in zip(rows, ("balanced pole on the cart", "fallen pole and cart")):
+        for i, alpha in ((0, 0.0), (2, 0.5), (4, 1.0)):
+            reward = CLIPReward(prompt, "pole and cart", alpha)(frames).numpy()
+            assert row.split()[2 * i:2 * i + 2] == [f"{vlmrm.epic(reward, goal):.3f}", f"({vlmrm.auroc(reward, goal):.3f})"]
+
+
+def test_landscape_is_the_reward_along_a_joint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    vlmrm.main(["--landscape", "hinge", "--task", "cartpole"])
+    vlmrm.main(["--landscape", "left_knee", "--task", "kneeling", "--out", "knee"])
+    pole, knee = (np.genfromtxt(folder / "landscape.csv", delimiter=",", names=True)
+                  for folder in (Path("runs/pole-vertically-upright-on-top-of-the-cart-hinge"), Path("knee")))
+    assert abs(pole["hinge"][pole["alpha_00"].argmax()]) < 0.1 and len(knee) == 101
+    world = World("Humanoid-v5", 1, 64, "plain")
+    world.set_state(posture(world.model, **(KNEEL | dict(left_knee=np.degrees(knee["left_knee"][70]))))[None])
+    expected = CLIPReward(TASKS["kneeling"].prompt, alpha=0.75)(world.render()).item()
+    assert knee["alpha_075"][70] == pytest.approx(expected, abs=1e-4)
+    assert Image.open("knee/landscape.png").size == (640, 240)
 
 
 @pytest.mark.parametrize("argv, expected", [

@@ -95,8 +95,9 @@ class CLIPReward(nn.Module):
         self.alpha = alpha
         for name, texts in (("goal", prompts), ("baseline", baselines)):
             with torch.no_grad():
-                embeddings = normalize(model.encode_text(tokenizer(texts)).float(), dim=-1)         # (texts, D)
-            self.register_buffer(name, embeddings.mean(0).to(device))                               # (D,)
+                embeddings = normalize(model.encode_text(tokenizer(texts)).float(), dim=-1).to(device)  # (texts, D)
+            self.register_buffer(f"{name}s", embeddings)
+            self.register_buffer(name, embeddings.mean(0))                                          # (D,)
         # float16 keeps eight times more digits than bfloat16, and all that a policy sees may be a spread of 0.03.
         self.half_precision = torch.device(device).type == "cuda"
         self.visual = model.visual.to(device, torch.float16 if self.half_precision else torch.float32)
@@ -291,21 +292,51 @@ class Task(NamedTuple):
     """A goal in words, and in the simulator's terms."""
     prompt: str
     goal: Callable | None = None        # goal(world) -> (num_envs,) bool, what the paper's human rater looked for
+    posture: dict = {}                  # how a body that fulfils it may look, see `posture`
     env_id: str = "Humanoid-v5"
     baseline: str = "a humanoid robot"
 
 
-TASKS = {
-    "kneeling": Task("a humanoid robot kneeling", kneeling),
-    "lotus": Task("a humanoid robot seated down, meditating in the lotus position", lotus),
-    "standing": Task("a humanoid robot standing up", standing),
-    "arms-raised": Task("a humanoid robot standing up, with both arms raised", arms_raised),
-    "splits": Task("a humanoid robot practicing gymnastics, doing the side splits", splits),
-    "hands-on-hips": Task("a humanoid robot standing up with hands on hips", hands_on_hips),
-    "one-leg": Task("a humanoid robot standing up on one leg", one_leg),
-    "arms-crossed": Task("a humanoid robot standing up, with its arms crossed", arms_crossed),
-    "cartpole": Task("pole vertically upright on top of the cart", balanced, "InvertedPendulum-v5", "pole and cart"),
+STAND = dict(hip_y=-5, knee=-12, shoulder1=10)
+TASKS = {  # all eight of Table 1; a search over poses found that the model's joints allow each of them
+    "kneeling": Task("a humanoid robot kneeling", kneeling, dict(hip_y=-10, knee=-107)),
+    "lotus": Task("a humanoid robot seated down, meditating in the lotus position", lotus,
+                  dict(pitch=-9, abdomen_y=-71, hip_x=-24, hip_z=-60, hip_y=-2, knee=-160)),
+    "standing": Task("a humanoid robot standing up", standing, STAND),
+    "arms-raised": Task("a humanoid robot standing up, with both arms raised", arms_raised,
+                        STAND | dict(shoulder1=-55, shoulder2=20, elbow=-28)),
+    "splits": Task("a humanoid robot practicing gymnastics, doing the side splits", splits,
+                   dict(abdomen_y=-27, hip_x=-14, hip_z=-54, hip_y=-68, knee=-10)),
+    "hands-on-hips": Task("a humanoid robot standing up with hands on hips", hands_on_hips,
+                          STAND | dict(shoulder1=50, shoulder2=-69, elbow=-22)),
+    "one-leg": Task("a humanoid robot standing up on one leg", one_leg, dict(
+        pitch=25, abdomen_y=-23, hip_x=-10, hip_z=-13, right_hip_y=-45, right_knee=-82, left_hip_y=-22, left_knee=-32)),
+    "arms-crossed": Task("a humanoid robot standing up, with its arms crossed", arms_crossed, STAND | dict(
+        right_shoulder1=59, right_shoulder2=41, right_elbow=-73, left_shoulder1=52, left_shoulder2=-59, left_elbow=-4)),
+    "cartpole": Task("pole vertically upright on top of the cart", balanced, env_id="InvertedPendulum-v5", baseline="pole and cart"),
 }
+
+
+def posture(model, height=None, pitch=0, **degrees):
+    """The humanoid's state qpos (nq,) by hand: torso height in m (None: the lowest point touches the floor), pitch forward and
+    hinges in degrees. "knee" is both knees, "left_knee" one; left shoulders are mirrored."""
+    qpos = model.qpos0.copy()
+    qpos[3:7] = np.cos(np.radians(pitch) / 2), 0, np.sin(np.radians(pitch) / 2), 0
+    for name, angle in degrees.items():
+        sides = {name: 1} if name.startswith(("abdomen", "right", "left")) else {f"right_{name}": 1, f"left_{name}": -1 if "shoulder" in name else 1}
+        for joint, sign in sides.items():
+            qpos[model.joint(joint).qposadr[0]] = np.radians(sign * angle)
+    qpos[2] = on_floor(model, qpos) if height is None else height
+    return qpos
+
+
+def on_floor(model, qpos):
+    """The torso height in m at which the lowest point of a humanoid in state qpos (nq,) touches the floor."""
+    data = mujoco.MjData(model)
+    data.qpos[:] = qpos
+    mujoco.mj_kinematics(model, data)
+    radius, half_length = model.geom_size[1:, 0], model.geom_size[1:, 1]  # capsules and balls; geom 0 is the floor
+    return qpos[2] - (data.geom_xpos[1:, 2] - half_length * np.abs(data.geom_xmat[1:, 8]) - radius).min()
 
 
 # ------------------------------------------------------------------------------------------- the world and its pictures
@@ -425,6 +456,9 @@ def dress(spec, looks):
     """Give the MjSpec of Gymnasium's scene the paper's looks (appendix C.2), or plain ones for a small picture model."""
     if looks == "original":
         return
+    # What a software renderer spends its time on; at 224 x 224 a picture differs by 0.6 of 255 and is drawn 13 times as fast.
+    quality = spec.visual.quality
+    quality.offsamples, quality.shadowsize, quality.numslices, quality.numstacks = 0, 1024, 16, 8
     for geom in spec.geoms:
         if geom.type == mujoco.mjtGeom.mjGEOM_PLANE:
             geom.size[2] = 10  # the grid's spacing: 0.125 would draw 320 x 320 squares
@@ -435,7 +469,7 @@ def dress(spec, looks):
             geom.rgba = 1, 1, 1, 1
     if looks == "plain":
         spec.visual.headlight.ambient, spec.visual.headlight.diffuse = [0.45] * 3, [0.55] * 3
-        spec.visual.quality.offsamples, spec.visual.quality.numslices, spec.visual.quality.numstacks = 0, 10, 6
+        quality.numslices, quality.numstacks = 10, 6
         for light in spec.lights:
             light.active = False
         return
@@ -563,28 +597,32 @@ def film(policy, config, label, folder, size=192, pictures=10):
     large.close()
 
 
-def learning_curve(folder, width=640, height=240):
-    """curve.png from progress.csv: CLIP return (white, its range on the left) and success rate (green, 0 to 1) against steps."""
+def learning_curve(folder):
+    """curve.png from progress.csv: CLIP return and success rate of each iteration's episodes against steps."""
     rows = list(csv.DictReader(open(folder / "progress.csv")))
+    steps, *curves = ([float(row[name]) for row in rows] for name in ("step", "return", "success"))
+    plot(folder / "curve.png", "steps", steps, dict(zip(("return", "success"), curves)))
+
+
+def plot(path, x_name, x, curves, width=640, height=240):
+    """Draw curves {name: values} against x, each between its own lowest and highest value, which are written beside its name."""
     image = Image.new("RGB", (width, height), "black")
     draw = ImageDraw.Draw(image)
-    x = np.interp([float(row["step"]) for row in rows], [0, float(rows[-1]["step"])], [50, width - 10])
-    for name, color, limits in (("return", "white", None), ("success", "lime", (0, 1))):
-        values = [float(row[name]) for row in rows]
-        low, high = limits or (min(values), max(values) + 1e-9)
-        draw.line([*zip(x, np.interp(values, [low, high], [height - 25, 10]))], fill=color, width=2)
-        if limits is None:
-            draw.text((5, 5), f"{high:.1f}", fill=color)
-            draw.text((5, height - 35), f"{low:.1f}", fill=color)
-    draw.text((width // 2 - 60, height - 18), f"0 to {rows[-1]['step']} steps", fill="gray")
-    image.save(folder / "curve.png")
+    at = np.interp(x, [min(x), max(x)], [10, width - 10])
+    for i, (name, values) in enumerate(curves.items()):
+        color = ("white", "lime", "orange", "deepskyblue", "magenta")[i]
+        low, high = min(values), max(values)
+        draw.line([*zip(at, np.interp(values, [low, high + 1e-9], [height - 25, 20]))], fill=color, width=2)
+        draw.text((10 + i * 125, 4), f"{name} {low:.2f} to {high:.2f}", fill=color)
+    draw.text((width // 2 - 60, height - 18), f"{x_name} {min(x):g} to {max(x):g}", fill="gray")
+    image.save(path)
 
 
-def new_folder(config):
-    """runs/<slug of the prompt>, with a suffix if that exists; --out is taken as it is and must not exist."""
-    slug = re.sub(r"\W+", "-", config.prompt.lower()).strip("-")[:60] or "run"
-    folder = Path(config.out or f"runs/{slug}")
-    if config.out and folder.exists():
+def new_folder(out, name):
+    """runs/<slug of the name>, with a suffix if that exists; `out` (--out) is taken as it is and must not exist."""
+    slug = re.sub(r"\W+", "-", name.lower()).strip("-")[:60] or "run"
+    folder = Path(out or f"runs/{slug}")
+    if out and folder.exists():
         raise UsageError(f"--out {folder} exists and is not overwritten: name another folder or remove it")
     names = (folder if i == 1 else folder.with_name(f"{folder.name}-{i}") for i in range(1, 10_000))
     for folder in names:
@@ -637,9 +675,9 @@ def train(config):
         for _ in iterations:
             pass
         return
-    folder, start, step = new_folder(config), time.time(), 0
+    folder, start, step = new_folder(config.out, config.prompt), time.time(), 0
     print(f"writing to {folder}", flush=True)
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in vars(config).items() if k not in ("goal", "eval")}, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in vars(config).items() if k not in ("goal", "eval", "landscape")}, indent=2) + "\n")
     save = lambda name, policy: torch.save({"step": step, "agent": policy.state_dict()}, folder / name)
     best, next_test, episode = -np.inf, config.eval_every, []
     try:
@@ -745,6 +783,71 @@ def evaluate_run(folder, episodes):
         print(f"{row['alpha']:5.2f} {row['epic']:6.3f} {row['auroc']:6.3f} {row['hacked']:7.1%}")
 
 
+def labelled_states(task, seed=0):
+    """States qpos (n, nq) to judge reward models on, the same for everyone: for the cart-pole any position and angle; for the
+    humanoid noisy blends of standing and the posture of this task (300) and of all tasks (20 each), on the floor, then
+    as they settle without torques, and at last in a random rollout."""
+    rng = np.random.default_rng(seed)
+    if TASKS[task].env_id == "InvertedPendulum-v5":
+        return rng.uniform((-1, -1.5), (1, 1.5), (1000, 2))
+    names = [task] * 300 + [name for name in TASKS if TASKS[name].posture] * 20
+    world, start, states = World("Humanoid-v5", len(names)), [], []
+    stand = posture(world.model, **STAND)
+    for name in names:
+        share, noise = min(1, rng.uniform(0, 2)), rng.uniform(0, 0.1)
+        qpos = (1 - share) * stand + share * posture(world.model, **TASKS[name].posture) + rng.normal(0, noise, world.model.nq)
+        qpos[3:7] /= np.linalg.norm(qpos[3:7])
+        qpos[2] = on_floor(world.model, qpos)
+        start.append(qpos)
+    world.set_state(start)
+    for step in range(31):
+        if step in (0, 4, 8, 30):
+            states.append(world.qpos.copy())
+        world.step(rng.uniform(world.action_space.low, world.action_space.high) * (step >= 8))
+    return np.concatenate(states)
+
+
+def compare_models(config):
+    """Figure 4 without training: EPIC distance and AUROC of every picture model, prompt and alpha on labelled_states."""
+    qpos = labelled_states(config.task)
+    world = World(config.env_id, len(qpos))
+    world.set_state(qpos)
+    goal = config.goal(world)
+    print(f"{len(qpos)} states, {goal.mean():.0%} of them goal states of {config.task!r}, looks {config.looks!r}\n"
+          f"{'EPIC (AUROC) at alpha ' + ', '.join(map(str, ALPHAS)):<62} image tower, prompt")
+    for clip in config.clip:
+        reward = CLIPReward(config.prompt, config.baseline, clip=clip, device=config.device)
+        world = World(config.env_id, len(qpos), reward.image_size, config.looks)
+        world.set_state(qpos)
+        s, size = reward.embed(world.render()), sum(p.numel() for p in reward.parameters())
+        for prompt, g in zip(config.prompt, reward.goals):
+            rewards = (goal_baseline_reward(s, g, reward.baseline, alpha).cpu().numpy() for alpha in ALPHAS)
+            print(*(f"{epic(r, goal):.3f} ({auroc(r, goal):.3f})" for r in rewards), f"{Path(clip).name} ({size / 1e6:.2f} M)", prompt, flush=True)
+
+
+def landscape(config):
+    """Figure 2: the reward for each alpha against one joint, all else as in the task's posture: landscape.csv and .png."""
+    reward = CLIPReward(config.prompt, config.baseline, clip=config.clip, device=config.device)
+    world = World(config.env_id, 101, reward.image_size, config.looks)
+    joints = [world.model.joint(i).name for i in range(world.model.njnt) if world.model.jnt_limited[i]]
+    if config.landscape not in joints:
+        raise UsageError(f"--landscape {config.landscape}: no such joint in {config.env_id}; there are {', '.join(joints)}")
+    humanoid, joint = config.env_id == "Humanoid-v5", world.model.joint(config.landscape)
+    x = np.linspace(*joint.range, world.num_envs)                                                   # rad, or m for the cart
+    qpos = np.tile(posture(world.model, **TASKS[config.task].posture) if humanoid and config.task else world.model.qpos0, (len(x), 1))
+    qpos[:, joint.qposadr[0]] = x
+    if humanoid:
+        qpos[:, 2] = [on_floor(world.model, q) for q in qpos]
+    world.set_state(qpos)
+    s = reward.embed(world.render())
+    curves = {f"alpha {alpha}": goal_baseline_reward(s, reward.goal, reward.baseline, alpha).tolist() for alpha in ALPHAS}
+    folder = new_folder(config.out, f"{config.prompt} {config.landscape}")
+    np.savetxt(folder / "landscape.csv", np.column_stack([x, *curves.values()]), "%.6g", ",", header=",".join([config.landscape, *curves]), comments="")
+    plot(folder / "landscape.png", config.landscape, x, curves)
+    print(f"wrote {folder}/landscape.csv and landscape.png; highest reward: "
+          + ", ".join(f"{name} at {x[np.argmax(values)]:.2f}" for name, values in curves.items()))
+
+
 def read_config(folder):
     """The configuration of a run; raises UsageError where there is none."""
     if not (folder / "config.json").is_file() or not (folder / "best.pt").is_file():
@@ -764,19 +867,21 @@ def read_config(folder):
 def parse(argv):
     """The run's configuration: the paper's settings or the lesson's, then what was asked for explicitly."""
     p = argparse.ArgumentParser(description="Train a policy on the CLIP reward of a sentence.")
-    p.add_argument("--prompt", help='the goal, for example "a humanoid robot kneeling"')
+    p.add_argument("--prompt", nargs="+", help='the goal, for example "a humanoid robot kneeling"')
     p.add_argument("--task", choices=TASKS, metavar="TASK", help=f"the goal by name: {', '.join(TASKS)}")
     p.add_argument("--baseline", help="what the picture shows anyway (default: the task's)")
     p.add_argument("--alpha", type=float, default=0.0, help="goal-baseline regularisation, 0 to 1 (default: 0)")
     p.add_argument("--env-id", choices=SCENES, metavar="ID", help=f"the world: {', '.join(SCENES)} (default: the task's)")
-    p.add_argument("--clip", metavar="NAME|FOLDER", help="open_clip architecture/tag, or a folder with config and weights")
+    p.add_argument("--clip", nargs="+", metavar="NAME|FOLDER", help="open_clip architecture/tag, or a folder with config and weights")
     p.add_argument("--looks", choices=("paper", "original", "plain"), help="how the world is drawn")
     p.add_argument("--paper", action="store_true", help="learn with exactly the paper's settings (appendix C.2)")
     p.add_argument("--reward", choices=("clip", "truth"), default="clip", help="truth: train on the task's criterion instead")
     p.add_argument("--steps", type=int, help="transitions in all, rounded up to whole episodes")
     p.add_argument("--num-envs", type=int, help="simulations")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--eval", metavar="RUN", type=Path, help="do not train: evaluate the best policy of this run's folder")
+    p.add_argument("--eval", metavar="RUN", nargs="?", const="", help="do not train: evaluate the best policy of this run's folder; without "
+                   "RUN: compare every --clip and every --prompt on fixed states")
+    p.add_argument("--landscape", metavar="JOINT", help="do not train: draw the reward against this joint, for example right_knee or hinge")
     p.add_argument("--episodes", type=int, default=100, help="of --eval (default: 100)")
     p.add_argument("--out", help="the run's folder (default: runs/<prompt>)")
     args = p.parse_args(argv)
@@ -786,9 +891,9 @@ def parse(argv):
         return args
     if args.prompt is None and args.task is None:
         raise UsageError('say what to learn: --prompt "a humanoid robot kneeling" or --task kneeling')
-    args.task = args.task or next((name for name, task in TASKS.items() if task.prompt == args.prompt), None)
-    named = TASKS[args.task] if args.task else Task(args.prompt)
-    args.prompt = named.prompt if args.prompt is None else args.prompt
+    args.task = args.task or next((name for name, task in TASKS.items() if task.prompt in args.prompt), None)
+    named = TASKS[args.task] if args.task else Task(None)
+    args.prompt = args.prompt or [named.prompt]
     args.env_id = args.env_id or named.env_id
     args.baseline = named.baseline if args.baseline is None else args.baseline
     args.goal = named.goal if args.env_id == named.env_id else None
@@ -799,15 +904,22 @@ def parse(argv):
         torch.cuda.set_device(local_rank)
         if args.processes > 1:
             os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", str(local_rank))  # draw where the picture model is
-    args.clip = str(TINY_CLIP) if args.clip == "tiny_clip" else args.clip
-    lesson = args.clip == str(TINY_CLIP) or args.clip is None and args.device == "cpu"
+    args.clip = [str(TINY_CLIP) if clip == "tiny_clip" else clip for clip in args.clip or ()]
+    lesson = str(TINY_CLIP) in args.clip or not args.clip and args.device == "cpu"
     settings = (PAPER if args.paper else FEWER) | (LESSON if lesson else {})
     if args.env_id == "InvertedPendulum-v5" and not args.paper:
         settings |= CARTPOLE
+    args.clip = args.clip or [settings["clip"]]
     for name, value in settings.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    if lesson and args.rank == 0:
+    if args.eval is None:
+        if len(args.prompt) > 1 or len(args.clip) > 1:
+            raise UsageError("several --prompt or --clip are for comparing them: --eval without a run's folder. Train with one of each")
+        args.prompt, args.clip = args.prompt[0], args.clip[0]
+    elif args.goal is None:
+        raise UsageError(f"--eval needs a criterion to judge rewards by: add --task {', --task '.join(TASKS)}")
+    if lesson and args.rank == 0 and args.eval is None and args.landscape is None:
         print("lesson: tiny_clip and settings that end in minutes. The paper's run needs a CUDA GPU: --clip " + PAPER["clip"])
     for flag in ("steps", "num_envs"):
         if getattr(args, flag) < 1:
@@ -826,7 +938,11 @@ def main(argv=None):
     """The command line."""
     config = parse(argv)
     if config.eval:
-        return evaluate_run(config.eval, config.episodes)
+        return evaluate_run(Path(config.eval), config.episodes)
+    if config.eval is not None:
+        return compare_models(config)
+    if config.landscape:
+        return landscape(config)
     if config.processes > 1:
         dist.init_process_group()
     train(config)
