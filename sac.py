@@ -14,6 +14,8 @@ Inside SAC actions live in [-1, 1]; they are scaled to the environment's range w
 import argparse
 import copy
 import math
+import os
+import signal
 import sys
 import time
 from collections import Counter
@@ -280,7 +282,7 @@ def update_many(agent, replay, batch_size, n):
 
 
 def train(env, agent, replay, total_steps, *, rollout_steps, updates, batch_size, learning_starts, label=None,
-          reward_std=None, lr_decay=False, seed=0):
+          reward_std=None, lr_decay=False, seed=0, remember=None, resume=None):
     """Algorithm 1 of the paper, as a generator that yields a dict after every iteration: `step`; `reward` (what the agent
     learns from) and `truth` (the environment's own), both (rollout_steps, N); `policy`, which collected them; the metrics of
     the last update; and `seconds`, the time spent in each part so far.
@@ -289,27 +291,47 @@ def train(env, agent, replay, total_steps, *, rollout_steps, updates, batch_size
     this is plain SAC. Until `learning_starts` transitions are collected actions are uniform; if `reward_std` is given, that
     phase fixes the scales of observations and rewards (`SAC.fit_scales`). `lr_decay` lets the learning rate fall linearly
     to a tenth, which calms the policy towards the end.
+
+    `remember` is called with a dict after every replay.add. Between two of these calls the replay does not change, so with
+    agent, env and random states as they were then, and that dict as `resume`, training continues to the bit: it begins with
+    that iteration's updates. Raises RunError as soon as an observation, a reward or a loss is not finite.
     """
-    obs, _ = env.reset(seed=seed)
     size, seconds = (env.num_envs, env.single_action_space.shape[0]), Counter()
     uniform = lambda obs: torch.empty(size).uniform_(-1, 1).numpy()
-    step = 0
-    while step < total_steps:
-        learning, policy = step >= learning_starts, agent.policy()
-        block, labels, obs = rollout(env, obs, policy.act if learning else uniform, rollout_steps, label, seconds)
-        with timed(seconds, "CLIP"):
-            reward = torch.cat(labels) if label else torch.as_tensor(block.reward).flatten()  # (num_steps * N,)
-            rewards = reward.view(block.reward.shape).cpu().numpy()  # here the CPU waits for the GPU, once per iteration
-        replay.add(block.obs.reshape(len(reward), -1), block.action.reshape(len(reward), -1), reward,
-                   block.next_obs.reshape(len(reward), -1), block.terminated.flatten())
-        step += len(reward)
+    now = resume or {"step": 0, "obs": env.reset(seed=seed)[0]}
+    while resume or now["step"] < total_steps:
+        policy = agent.policy()
+        if not resume:
+            act = policy.act if now["step"] >= learning_starts else uniform
+            block, labels, obs = rollout(env, now["obs"], act, rollout_steps, label, seconds)
+            with timed(seconds, "CLIP"):
+                reward = torch.cat(labels) if label else torch.as_tensor(block.reward).flatten()  # (num_steps * N,)
+                rewards = reward.view(block.reward.shape).cpu().numpy()  # here the CPU waits for the GPU, once per iteration
+            now = {"step": now["step"] + len(reward), "obs": obs, "reward": rewards, "truth": block.reward}
+            check_finite(now["step"] - len(reward), observation=block.next_obs, reward=rewards)
+            replay.add(block.obs.reshape(len(reward), -1), block.action.reshape(len(reward), -1), reward,
+                       block.next_obs.reshape(len(reward), -1), block.terminated.flatten())
+            if remember:
+                remember(now)
+        step, resume = now["step"], None
         with timed(seconds, "SAC"):
-            if not learning and step >= learning_starts and reward_std:
+            if step - now["reward"].size < learning_starts <= step and reward_std:
                 agent.fit_scales(Transitions(*(store[:replay.size] for store in replay.data)), reward_std)
             for optimizer in (agent.actor_opt, agent.critic_opt, agent.temperature_opt) if lr_decay else ():
                 optimizer.param_groups[0]["lr"] = agent.lr * (1 - 0.9 * step / total_steps)
             metrics = update_many(agent, replay, batch_size, updates) if step >= learning_starts else {}
-        yield {"step": step, "reward": rewards, "truth": block.reward, "policy": policy, **metrics, "seconds": seconds}
+        if not all(map(math.isfinite, metrics.values())):
+            raise RunError(f"the updates after {step} transitions are no longer finite: {metrics}; lower the learning rate")
+        yield {**now, "policy": policy, **metrics, "seconds": seconds}
+
+
+def check_finite(step, **arrays):
+    """Raise RunError where an array (num_steps, N, ...), collected after `step` transitions, holds a NaN or an infinity."""
+    for name, values in arrays.items():
+        if not np.isfinite(values).all():
+            t, i = np.argwhere(~np.isfinite(values))[0][:2]
+            raise RunError(f"{name} of simulation {i} is not finite in step {t + 1} of the rollout after {step} transitions: "
+                           "a diverging simulation, or a broken picture model")
 
 
 def evaluate(env, agent, seed=0):
@@ -327,13 +349,27 @@ class UsageError(ValueError):
     """Something that the person at the keyboard can mend; the message says how, in one line."""
 
 
+def usage_error(message):
+    """Instead of argparse's own error, which prints the whole usage."""
+    raise UsageError(f"{message} (--help lists what there is)")
+
+
+class RunError(RuntimeError):
+    """A run cannot go on, through no fault of the command line; the message says what happened, in one line."""
+
+
 def exit_with_one_line(main):
-    """Run a program's main(): a UsageError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Run a program's main(): a UsageError becomes one line on stderr and exit code 2, a RunError or a failing disk exit
+    code 1, Ctrl-C and SIGTERM 130."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except (RunError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # at once: a thread that hangs in a renderer would be waited for
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -357,6 +393,7 @@ def main(argv=None):
     parser.add_argument("--env-id", default="Pendulum-v1", help="any task with Box actions (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20_000, help="environment steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.error = usage_error
     args = parser.parse_args(argv)
     if args.steps < 1 or args.seed < 0:
         raise UsageError(f"--steps must be at least 1 and --seed at least 0, not {args.steps} and {args.seed}")

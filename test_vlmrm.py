@@ -19,7 +19,7 @@ from PIL import Image
 
 import sac
 import vlmrm
-from vlmrm import STAND, TASKS, TINY_CLIP, CLIPReward, UsageError, World, goal_baseline_reward, posture
+from vlmrm import STAND, TASKS, TINY_CLIP, CLIPReward, RunError, UsageError, World, goal_baseline_reward, posture
 
 HERE = Path(__file__).parent
 WORLDS = {  # our world -> the Gymnasium task that it must equal bit for bit
@@ -102,7 +102,25 @@ def test_clip_reward_equals_open_clip_step_by_step():
     got = reward(frames)
     assert got.shape == (5,) and got.dtype == torch.float32 and not got.requires_grad
     torch.testing.assert_close(got, goal_baseline_reward(s, g, b, 0.3), atol=1e-5, rtol=0)
-    torch.testing.assert_close(reward.embed(frames, chunk=2), s, atol=1e-5, rtol=0)
+    reward.chunk = 2
+    torch.testing.assert_close(reward.embed(frames), s, atol=1e-5, rtol=0)
+
+
+def test_a_full_gpu_halves_the_chunk_once_and_for_all(capsys):
+    reward = CLIPReward("a humanoid robot kneeling")
+    frames, visual = random_pictures(40, 64, 64), reward.visual
+
+    def small_memory(x):
+        if len(x) > 12:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return visual(x)
+    expected = reward(frames)
+    del reward.visual
+    reward.visual = small_memory
+    torch.testing.assert_close(reward(frames), expected, atol=1e-5, rtol=0)
+    assert reward.chunk == 10 and capsys.readouterr().err.count("from now on") == 2
+    reward(frames)
+    assert capsys.readouterr().err == ""
 
 
 def test_clip_reward_keeps_only_the_image_tower_and_nothing_to_train():
@@ -116,6 +134,13 @@ def test_words_that_the_model_never_saw_are_named(capsys):
     CLIPReward("a humanoid robot juggling flamingos")
     assert "never saw the words: flamingos, juggling" in capsys.readouterr().err
     CLIPReward("a humanoid robot kneeling")
+    assert capsys.readouterr().err == ""
+
+
+def test_words_beyond_the_text_models_length_are_named(capsys):
+    CLIPReward("robot " * 22 + "on its knees")  # tiny_clip reads 24 tokens: start, 22 words, end
+    assert "does not see its end: 'on its knees'" in capsys.readouterr().err
+    CLIPReward("robot " * 22)
     assert capsys.readouterr().err == ""
 
 
@@ -461,23 +486,58 @@ def test_sac_learns_to_hold_the_pole_longer():
     (["--task", "kneeling", "--out", "{tmp}/empty"], "exists and is not overwritten"),
     (["--prompt", "x", "--reward", "truth"], "--task kneeling"),
     ([], "--prompt"),
-    (["--eval", "{tmp}/empty"], "no config.json"),
+    (["--eval", "{tmp}/empty"], "its config.json cannot be read"),
     (["--eval", "{tmp}/empty", "--episodes", "0"], "--episodes must be"),
     (["--task", "flying"], "invalid choice"),
     (["--task", "kneeling", "--landscape", "tail"], "there are abdomen_z"),
     (["--prompt", "a", "b"], "--eval without a run"),
     (["--eval", "--prompt", "a robot"], "add --task kneeling"),
+    (["--task", "kneeling", "--steps", "many"], "invalid int value: 'many'"),
+    (["--task", "kneeling", "--steps", "100000000000"], "at most 10,000,000,000"),
+    (["--task", "kneeling", "--num-envs", "5000"], "at most 4,096"),
+    (["--task", "kneeling", "--num-envs", "1.5"], "invalid int value"),
+    (["--task", "kneeling", "--seed", "99999999999"], "--seed must be"),
+    (["--task", "kneeling", "--alpha", "-0.1"], "alpha is -0.1"),
+    (["--task", "kneeling", "--alpha", "half"], "invalid float value"),
+    (["--prompt", " \n\t"], "prompt is empty"),
+    (["--task", "kneeling", "--baseline", ""], "prompt is empty"),
+    (["--prompt"], "expected at least one argument"),
+    (["--task", "kneeling", "--clip", ""], "needs open_clip_config.json"),
+    (["--task", "kneeling", "--clip", "{tmp}/missing"], "no such folder"),
+    (["--task", "kneeling", "--clip", "{tmp}/garbled"], "needs open_clip_config.json"),
+    (["--task", "kneeling", "--clip", "{tmp}/truncated"], "open_clip_model.safetensors"),
+    (["--task", "kneeling", "--out", "{tmp}/file/run"], "cannot make the folder"),
+    (["--task", "kneeling", "--looks", "nice"], "invalid choice"),
+    (["--task", "kneeling", "--reward", "sparse"], "invalid choice"),
+    (["--task", "kneeling", "--env-id", "Ant-v5"], "invalid choice"),
+    (["--task", "kneeling", "--lr", "3"], "unrecognized arguments: --lr 3"),
+    (["--task", "kneeling", "--landscape", ""], "there are abdomen_z"),
+    (["--eval", "{tmp}/missing"], "is not a run's folder"),
+    (["--eval", "{tmp}/garbled"], "is not a run's folder"),
+    (["--resume", "{tmp}/missing"], "is not a run's folder"),
+    (["--resume", "{tmp}/empty"], "is not a run's folder"),
+    (["--resume", "{tmp}/garbled"], "is not a run's folder"),
+    (["--resume", "{tmp}/old"], "it lacks actor_tau, alpha"),
+    (["--resume", "{tmp}/old", "--steps", "5"], "without other flags"),
+    (["--resume", "{tmp}/old", "--eval", "{tmp}/old"], "exclude each other"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(argv, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "weightless").mkdir()
     shutil.copy(TINY_CLIP / "open_clip_config.json", tmp_path / "weightless")
+    shutil.copytree(TINY_CLIP, tmp_path / "truncated")
+    (tmp_path / "truncated/open_clip_model.safetensors").write_bytes(b"PK" * 100)
+    for name, config in (("garbled", "{{"), ("old", "{}")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(config)
+    (tmp_path / "garbled/open_clip_config.json").write_text("{{")
+    (tmp_path / "file").touch()
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as stop:
         sac.exit_with_one_line(lambda: vlmrm.main([a.format(tmp=tmp_path) for a in argv]))
-    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert stop.value.code == 2 and len(lines) == 1 and message in lines[0]
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning: ")]
+    assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -648,16 +708,150 @@ def test_same_seed_same_run(tmp_path, monkeypatch):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_ctrl_c_ends_soon_and_keeps_the_folder(tmp_path):
+def small_run(folder):
+    """A run of seconds, with a checkpoint every second iteration, that has not begun: its folder with config.json."""
+    config = vars(vlmrm.parse(["--task", "cartpole", "--reward", "truth", "--num-envs", "2", "--steps", "3200"])) | dict(
+        updates=10, eval_every=800, learning_starts=800, replay=1500)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in ("goal", "resume", "eval", "landscape")}))
+    return folder
+
+
+def outcome(folder):
+    """What two runs that are equal to the bit have in common: all but the seconds."""
+    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(open(folder / "progress.csv"))]
+    last, best = (torch.load(folder / name, weights_only=True) for name in ("last.pt", "best.pt"))
+    return rows, last["rows"] + list(last["agent"].values()) + list(best["agent"].values())
+
+
+def assert_same(a, b):
+    assert a[0] == b[0] and len(a[1]) == len(b[1]) and all(map(torch.equal, a[1], b[1]))
+
+
+RESUME = ("import sys, sac, vlmrm\nvlmrm.TEST_EPISODES = 2\n"
+          "sac.exit_with_one_line(lambda: vlmrm.main(['--resume', sys.argv[1]]))")
+
+
+def test_resumed_after_kill_9_and_sigterm_it_ends_as_if_uninterrupted(tmp_path, monkeypatch):
+    monkeypatch.setattr(vlmrm, "TEST_EPISODES", 2)
+    whole, killed = small_run(tmp_path / "whole"), small_run(tmp_path / "killed")
+    vlmrm.main(["--resume", str(whole)])
+    for stop, after in ((signal.SIGKILL, 2), (signal.SIGTERM, 4)):
+        process = run("-c", RESUME, killed, cwd=tmp_path, PYTHONPATH=str(HERE))
+        deadline = time.time() + 120
+        while time.time() < deadline and process.poll() is None:
+            progress = killed / "progress.csv"
+            if progress.exists() and len(progress.read_text().splitlines()) > after + 1:
+                break
+            time.sleep(0.01)
+        process.send_signal(stop)
+        start = time.time()
+        err = process.communicate(timeout=60)[1]
+        assert process.returncode != 0, "it had ended before it could be interrupted"
+        if stop == signal.SIGTERM:
+            assert f"--resume {killed}" in err and "Traceback" not in err and time.time() - start < 5
+    vlmrm.main(["--resume", str(killed)])
+    assert_same(outcome(killed), outcome(whole))
+
+
+@pytest.mark.parametrize("moment", [1, 35, 65])
+def test_interrupted_between_any_two_updates_it_goes_on_to_the_bit(moment, tmp_path, monkeypatch):
+    monkeypatch.setattr(vlmrm, "TEST_EPISODES", 2)
+    whole, stopped = small_run(tmp_path / "whole"), small_run(tmp_path / "stopped")
+    vlmrm.main(["--resume", str(whole)])
+    update, count = sac.SAC.update, 0
+
+    def interrupted(*args):
+        nonlocal count
+        count += 1
+        if count == moment:
+            raise KeyboardInterrupt
+        return update(*args)
+    monkeypatch.setattr(sac.SAC, "update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        vlmrm.main(["--resume", str(stopped)])
+    vlmrm.main(["--resume", str(stopped)])
+    assert_same(outcome(stopped), outcome(whole))
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "last.pt"
+    vlmrm.save(path, {"step": 1})
+
+    def full(file):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr("os.fsync", full)
+    vlmrm.save(path, {"step": 2})
+    assert vlmrm.load(path, dict) == {"format": vlmrm.FORMAT, "step": 1} and list(tmp_path.iterdir()) == [path]
+    assert "No space left on device" in capsys.readouterr().err
+
+
+class Malice:
+    def __reduce__(self):
+        return Path.touch, (Path("hacked"),)
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "damaged"), (b"PK", "damaged"), (None, "damaged"), ({"format": 0}, "format 0"), ({"step": 3}, "KeyError"), ([1], "TypeError"),
+    ({"format": 1, "agent": Malice()}, "damaged"), ({"format": 1, "agent": {}}, "does not fit"), ({"format": 1}, "does not fit"),
+    ({"format": 1, "agent": {"log_temperature": torch.zeros(3)}}, "does not fit"),
+])
+def test_files_from_others_are_refused_and_run_nothing(content, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = small_run(tmp_path / "run")
+    if isinstance(content, (dict, list)):
+        torch.save(content, folder / "last.pt")
+    else:
+        torch.save({"format": 1, "agent": torch.zeros(1000)}, folder / "last.pt")
+        (folder / "last.pt").write_bytes((folder / "last.pt").read_bytes()[:2000] if content is None else content)  # None: truncated
+    with pytest.raises(UsageError, match=message):
+        vlmrm.main(["--resume", str(folder)])
+    assert not Path("hacked").exists()
+
+
+@pytest.mark.parametrize("broken", ["observation", "reward"])
+def test_a_value_that_is_not_finite_is_named_and_never_stored(broken):
+    env = sac.make_envs("Pendulum-v1", 3, gym.vector.AutoresetMode.DISABLED)
+    step, count = env.step, 0
+
+    def diverging(action):
+        nonlocal count
+        count += 1
+        obs, reward, *rest = step(action)
+        if count == 7:
+            (obs if broken == "observation" else reward)[2] = np.nan
+        return obs, reward, *rest
+    env.step = diverging
+    replay = sac.Replay(100, 3, 1)
+    with pytest.raises(RunError, match=f"{broken} of simulation 2 is not finite in step 2 of the rollout after 15 transitions"):
+        list(sac.train(env, sac.SAC(3, 1, hidden=8), replay, 60, rollout_steps=5, updates=1, batch_size=4, learning_starts=10))
+    assert replay.size == 15 and all(store.isfinite().all() for store in replay.data)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    env = sac.make_envs("Pendulum-v1", 3, gym.vector.AutoresetMode.DISABLED)
+    agent = sac.SAC(3, 1, hidden=8, lr=1e30)
+    with pytest.raises(RunError, match="no longer finite"):
+        list(sac.train(env, agent, sac.Replay(100, 3, 1), 60, rollout_steps=5, updates=5, batch_size=4, learning_starts=10))
+
+
+def test_a_renderer_that_hangs_is_named(tmp_path):
+    code = ("import sys, time, sac, vlmrm\nvlmrm.PATIENCE = 1\nvlmrm.Painter.paint = lambda self, states: time.sleep(1000)\n"
+            "sac.exit_with_one_line(lambda: vlmrm.main(['--task', 'cartpole']))")
+    process = run("-c", code, cwd=tmp_path, PYTHONPATH=str(HERE))
+    err = process.communicate(timeout=120)[1]
+    assert process.returncode == 1 and "renderer has not answered" in err and "Traceback" not in err and not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path):
     process = run(HERE / "vlmrm.py", "--task", "cartpole", "--num-envs", "2", cwd=tmp_path)
     folder, deadline = tmp_path / "runs/pole-vertically-upright-on-top-of-the-cart", time.time() + 180
     while not (folder / "progress.csv").exists() or len((folder / "progress.csv").read_text().splitlines()) < 2:
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.1)
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=10)
-    assert process.returncode == 130 and "Traceback" not in err and "last.pt" in err
-    assert torch.load(folder / "last.pt", weights_only=True)["step"] >= 400
+    out, err = process.communicate(timeout=5)
+    assert process.returncode == 130 and "--resume runs/" in err and "Traceback" not in err and (folder / "last.pt").exists()
 
 
 def test_sac_command_line_ends_with_the_mean_return(tmp_path):

@@ -19,6 +19,8 @@ where alpha = 0 gives Eq. 2 and alpha = 1 keeps only what lies along the way fro
 This file reads in that order: the reward, CLIP, the tasks, the world and its pictures, training, the command line.
 """
 import argparse
+import bisect
+import copy
 import csv
 import difflib
 import json
@@ -27,6 +29,7 @@ import os
 import re
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -42,7 +45,7 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 import sac
-from sac import UsageError
+from sac import RunError, UsageError
 
 try:
     import mujoco
@@ -92,7 +95,8 @@ class CLIPReward(nn.Module):
             raise UsageError("with alpha > 0 the baseline must differ from the prompt: change --baseline or use --alpha 0")
         model, tokenizer = load_clip(clip, random_weights)
         warn_of_unknown_words(clip, prompts + baselines)
-        self.alpha = alpha
+        warn_of_cut_words(tokenizer, prompts + baselines)
+        self.alpha, self.chunk = alpha, 256
         for name, texts in (("goal", prompts), ("baseline", baselines)):
             with torch.no_grad():
                 embeddings = normalize(model.encode_text(tokenizer(texts)).float(), dim=-1).to(device)  # (texts, D)
@@ -127,17 +131,25 @@ class CLIPReward(nn.Module):
         return (x.float() / 255 - self.mean) / self.std                                                       # (N, 3, h, w)
 
     @torch.no_grad()
-    def embed(self, frames, chunk=256):
-        """frames uint8 (N, H, W, 3) -> unit vectors s (N, D), float32 on the device; `chunk` pictures at a time.
+    def embed(self, frames):
+        """frames uint8 (N, H, W, 3) -> unit vectors s (N, D), float32 on the device; `chunk` pictures at a time, half as many
+        from now on where the memory of the GPU does not suffice.
 
         On CUDA this returns before the GPU is done: pinned memory is copied while the CPU goes on.
         """
         vectors = []
-        for part in torch.as_tensor(frames).split(chunk):
-            part = part.pin_memory() if self.half_precision and not part.is_cuda else part
-            x = self.preprocess(part.to(self.goal.device, non_blocking=True))
-            vectors.append(self.visual(x.half() if self.half_precision else x).float())
-        return normalize(torch.cat(vectors), dim=-1)
+        try:
+            for part in torch.as_tensor(frames).split(self.chunk):
+                part = part.pin_memory() if self.half_precision and not part.is_cuda else part
+                x = self.preprocess(part.to(self.goal.device, non_blocking=True))
+                vectors.append(self.visual(x.half() if self.half_precision else x).float())
+            return normalize(torch.cat(vectors), dim=-1)
+        except torch.OutOfMemoryError:
+            if self.chunk == 1:
+                raise RunError("the GPU's memory does not hold the picture model and one picture: take a smaller --clip") from None
+        self.chunk = min(self.chunk, len(frames)) // 2 or 1
+        print(f"the GPU's memory is full: from now on {self.chunk} pictures at a time", file=sys.stderr)
+        return self.embed(frames)
 
     def forward(self, frames):
         return goal_baseline_reward(self.embed(frames), self.goal, self.baseline, self.alpha)
@@ -177,6 +189,15 @@ def warn_of_unknown_words(clip, texts):
     unknown = sorted({word for text in texts for word in re.findall(r"[\w']+", text.lower())} - set(known or ()))
     if known and unknown:
         print(f"warning: {clip} never saw the words: {', '.join(unknown)}. It knows: {' '.join(known)}", file=sys.stderr)
+
+
+def warn_of_cut_words(tokenizer, texts):
+    """A text model reads only so many tokens; words beyond them change nothing, and the person who wrote them should know."""
+    for text in texts:
+        words, tokens = text.split(), tokenizer([text])
+        kept = bisect.bisect_left(range(len(words)), True, key=lambda n: torch.equal(tokenizer([" ".join(words[:n])]), tokens))
+        if kept < len(words):
+            print(f"warning: the prompt is too long for the text model, which does not see its end: {' '.join(words[kept:])[:200]!r}", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------------------ the tasks
@@ -390,7 +411,7 @@ class World(gym.vector.VectorEnv):
             -np.inf, np.inf, (self.model.nq - self.scene.obs_start + self.model.nv,), np.float64)
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
-        self.painter = None
+        self.painters = {}
 
     def observe(self):
         """Observations (num_envs, obs_dim) of the current states, float64."""
@@ -437,14 +458,35 @@ class World(gym.vector.VectorEnv):
 
     def render(self):
         """Pictures of the current states, uint8 (num_envs, image_size, image_size, 3). Physics is not touched."""
-        if self.painter is None:
-            self.painter = Painter(self.xml, self.scene, self.looks, self.image_size)
-        return np.stack([self.painter.paint(qpos) for qpos in self.qpos])
+        if not self.painters:  # an OpenGL context belongs to one thread: each painter gets its own
+            threads = [ThreadPoolExecutor(1) for _ in range(min(PAINTERS, self.num_envs))]
+            self.painters = {t: t.submit(Painter, self.xml, self.scene, self.looks, self.image_size).result() for t in threads}
+        parts = np.array_split(self.qpos, len(self.painters))
+        jobs = [thread.submit(painter.paint, part) for (thread, painter), part in zip(self.painters.items(), parts)]
+        try:
+            return np.concatenate([job.result(PATIENCE) for job in jobs])
+        except TimeoutError:
+            raise RunError(f"the renderer has not answered for {PATIENCE} s. Known causes: too many processes that draw on one GPU (start "
+                           "fewer), a driver without EGL (NVIDIA_DRIVER_CAPABILITIES=all), CUDA and EGL on different GPUs "
+                           "(MUJOCO_EGL_DEVICE_ID)") from None
+
+    def get_state(self):
+        """What `put_state` needs to continue to the bit, between two episodes."""
+        return {"qpos": self.qpos.tolist(), "qvel": self.qvel.tolist(), "rngs": [rng.bit_generator.state for rng in self.rngs]}
+
+    def put_state(self, state):
+        """Back to where get_state was called."""
+        self.batch.reset(stage=mujoco.mjtStage.mjSTAGE_NONE)
+        self.set_state(state["qpos"], state["qvel"])
+        self.elapsed[:] = 0
+        for rng, bits in zip(self.rngs, state["rngs"]):
+            rng.bit_generator.state = bits
 
     def close_extras(self, **kwargs):
-        if self.painter is not None:
-            self.painter.close()
-            self.painter = None
+        for thread, painter in self.painters.items():
+            thread.submit(painter.close).result()
+            thread.shutdown()
+        self.painters = {}
 
 
 # looks="plain", for small picture models: no texture, no shadow, and a colour for each part that a caption may be about.
@@ -488,8 +530,12 @@ def dress(spec, looks):
         light.pos, light.dir, light.specular = (0, 0, 4), (0, 0, -1), (0.3, 0.3, 0.3)
 
 
+PAINTERS = 2  # threads that draw; eight at once have been seen to hang on an H200 (mujoco#3444)
+PATIENCE = 60  # seconds until a renderer that does not answer counts as hanging
+
+
 class Painter:
-    """One OpenGL context that draws states of a scene as pictures (size, size, 3). Raises UsageError without OpenGL."""
+    """One OpenGL context that draws states of a scene. Raises UsageError without OpenGL."""
 
     def __init__(self, xml, scene, looks, size):
         spec = mujoco.MjSpec.from_file(xml)
@@ -516,7 +562,11 @@ class Painter:
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
         self.rect, self.pixels = mujoco.MjrRect(0, 0, size, size), np.empty((size, size, 3), np.uint8)
 
-    def paint(self, qpos):
+    def paint(self, states):
+        """States qpos (n, nq) -> pictures uint8 (n, size, size, 3)."""
+        return np.stack([self.paint_one(qpos) for qpos in states])
+
+    def paint_one(self, qpos):
         self.data.qpos[:] = qpos
         mujoco.mj_kinematics(self.model, self.data)  # where the bodies are, and with them lights: all that a picture needs
         mujoco.mj_camlight(self.model, self.data)
@@ -618,21 +668,83 @@ def plot(path, x_name, x, curves, width=640, height=240):
     image.save(path)
 
 
-def new_folder(out, name):
-    """runs/<slug of the name>, with a suffix if that exists; `out` (--out) is taken as it is and must not exist."""
-    slug = re.sub(r"\W+", "-", name.lower()).strip("-")[:60] or "run"
-    folder = Path(out or f"runs/{slug}")
-    if out and folder.exists():
+def new_folder(config, name=""):
+    """runs/<slug of prompt and name>, with a suffix if that exists; --out is taken as it is and must not exist. With config.json."""
+    slug = re.sub(r"\W+", "-", f"{config.prompt} {name}".lower()).strip("-")[:60].strip("-") or "run"
+    folder = Path(config.out or f"runs/{slug}")
+    if config.out and folder.exists():
         raise UsageError(f"--out {folder} exists and is not overwritten: name another folder or remove it")
     names = (folder if i == 1 else folder.with_name(f"{folder.name}-{i}") for i in range(1, 10_000))
     for folder in names:
         try:
             folder.mkdir(parents=True)
+            settings = {k: v for k, v in vars(config).items() if k not in ("goal", "eval", "landscape", "resume", "device", "rank", "processes")}
+            (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
             return folder
         except FileExistsError:
             continue
         except OSError as error:
             raise UsageError(f"cannot make the folder {folder}: {error.strerror}. Name another with --out") from None
+
+
+FORMAT = 1  # of checkpoints
+
+
+def save(path, content):
+    """Write a checkpoint aside, flush it, rename it: at any moment `path` is the old file or the new one, whole.
+
+    Where that fails (a full disk), the old one stays, one line says so, and training goes on.
+    """
+    aside = path.with_suffix(".tmp")
+    try:
+        with open(aside, "wb") as file:
+            torch.save({"format": FORMAT, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError
+        aside.unlink(missing_ok=True)
+        print(f"warning: {path} could not be written ({str(error).splitlines()[0]}); the one before stays", file=sys.stderr)
+
+
+def load(path, put):
+    """put(content) of a checkpoint by `save`; UsageError for any other file, of which nothing is executed, or a misfit."""
+    try:
+        content = torch.load(path, weights_only=True, map_location="cpu")
+        version = content["format"]
+    except Exception as error:  # unpickling raises nearly anything
+        raise UsageError(f"{path} is damaged or no checkpoint of vlmrm.py ({type(error).__name__})") from None
+    if version != FORMAT:
+        raise UsageError(f"{path} has format {version}, this vlmrm.py reads format {FORMAT}: use the version that wrote it")
+    try:
+        return put(content)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        raise UsageError(f"{path} does not fit the run's config.json: it is of another task or of other sizes") from None
+
+
+OPTIMIZERS = "actor_opt", "critic_opt", "temperature_opt"
+
+
+def snapshot(now, world, agent, replay, best):
+    """All that a run consists of but the replay's rows, copied when sac.train calls `remember`."""
+    networks = copy.deepcopy({"agent": agent.state_dict()} | {name: getattr(agent, name).state_dict() for name in OPTIMIZERS})
+    return networks | {"step": now["step"], "reward": torch.as_tensor(now["reward"]), "truth": torch.as_tensor(now["truth"]), "best": float(best),
+                       "world": world.get_state(), "size": replay.size, "next": replay.next, "torch": torch.get_rng_state(),
+                       "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []}
+
+
+def restore(saved, world, agent, replay):
+    """The inverse of `snapshot`; returns `saved` without the replay's rows, and what sac.train resumes from."""
+    agent.load_state_dict(saved["agent"])
+    for name in OPTIMIZERS:
+        getattr(agent, name).load_state_dict(copy.deepcopy(saved[name]))  # it would keep, and then change, what it is given
+    for store, rows in zip(replay.data, saved.pop("rows")):
+        store[:saved["size"]] = rows
+    replay.size, replay.next = saved["size"], saved["next"]
+    world.put_state(saved["world"])
+    torch.set_rng_state(saved["torch"])
+    torch.cuda.set_rng_state_all(saved["cuda"])
+    return saved, {"step": saved["step"], "obs": world.observe(), "reward": saved["reward"].numpy(), "truth": saved["truth"].numpy()}
 
 
 def build(config):
@@ -664,50 +776,48 @@ def build(config):
 def train(config):
     """Train, keeping the policy with the highest return in its own deterministic episodes; then test that one."""
     label, world, test_world, agent, replay = build(config)
-    per_episode = config.num_envs * world.scene.episode_length
-    steps = -(-config.steps // per_episode) * per_episode  # whole episodes
+    per_iteration = config.num_envs * config.rollout_steps  # whole episodes
+    steps = -(-config.steps // per_iteration) * per_iteration
+    folder, resume, memory, best = config.resume, None, {}, -np.inf
+    if folder and (folder / "last.pt").is_file():
+        memory, resume = load(folder / "last.pt", lambda saved: restore(saved, world, agent, replay))
+        best = memory["best"]
     # Under torchrun every process makes and labels its share of the transitions and of each minibatch.
     iterations = sac.train(world, agent, replay, steps // config.processes, rollout_steps=config.rollout_steps, updates=config.updates,
                            batch_size=config.batch_size // config.processes,
                            learning_starts=min(config.learning_starts, steps // 2) // config.processes, label=label,
-                           reward_std=config.reward_std, lr_decay=config.lr_decay, seed=config.seed + config.rank * world.num_envs)
+                           reward_std=config.reward_std, lr_decay=config.lr_decay, seed=config.seed + config.rank * world.num_envs,
+                           remember=lambda now: memory.update(snapshot(now, world, agent, replay, best)), resume=resume)
     if config.rank > 0:
         for _ in iterations:
             pass
         return
-    folder, start, step = new_folder(config.out, config.prompt), time.time(), 0
+    folder, start = folder or new_folder(config), time.time()
+    checkpoint = lambda: save(folder / "last.pt", memory | {"rows": [store[:memory["size"]].clone() for store in replay.data]})
     print(f"writing to {folder}", flush=True)
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in vars(config).items() if k not in ("goal", "eval", "landscape")}, indent=2) + "\n")
-    save = lambda name, policy: torch.save({"step": step, "agent": policy.state_dict()}, folder / name)
-    best, next_test, episode = -np.inf, config.eval_every, []
     try:
-        with open(folder / "progress.csv", "w", newline="") as file, tqdm(total=steps, unit="step", mininterval=1) as bar:
+        with progress(folder, resume["step"] if resume else 0) as file, tqdm(total=steps, unit="step", mininterval=1) as bar:
             for it in iterations:
                 step = it["step"] * config.processes
                 bar.update(step - bar.n)
-                episode.append(it)
-                if step % per_episode:
-                    continue
-                reward, truth = (np.concatenate([it[key] for it in episode]) for key in ("reward", "truth"))  # (T, N)
-                row = {"step": step, "seconds": time.time() - start, "return": reward.sum(0).mean(),
-                       "success": (truth.mean(0) >= 0.5).mean(), "test_return": "", "test_success": ""}
+                row = {"step": step, "seconds": time.time() - start, "return": it["reward"].sum(0).mean(),
+                       "success": (it["truth"].mean(0) >= 0.5).mean(), "test_return": "", "test_success": ""}
                 row |= {name: it.get(name, "") for name in ("temperature", "entropy", "q", "loss_q", "loss_pi")}
-                episode = []
-                if step >= min(next_test, steps):
-                    next_test = step + config.eval_every
+                if step % config.eval_every < per_iteration or step == steps:
                     returns, success = evaluate(test_world, it["policy"], label, config.seed + 1_000_000)
                     row |= {"test_return": returns.mean(), "test_success": success.mean()}
-                    save("last.pt", agent)
+                    checkpoint()
                     if returns.mean() > best:
                         best = returns.mean()
-                        save("best.pt", it["policy"])
+                        save(folder / "best.pt", {"step": step, "agent": it["policy"].state_dict()})
                 log(row, it["seconds"], file, bar)
     except KeyboardInterrupt:
-        save("last.pt", agent)
-        print(f"\nstopped after {step} steps; the last policy is {folder}/last.pt", file=sys.stderr)
+        if memory:
+            checkpoint()
+        print(f"\nstopped; to go on: python vlmrm.py --resume {folder}", file=sys.stderr)
         raise
     policy = agent.policy()
-    policy.load_state_dict(torch.load(folder / "best.pt", weights_only=True)["agent"])
+    load(folder / "best.pt", lambda saved: policy.load_state_dict(saved["agent"]))
     results = [evaluate(test_world, policy, label, config.seed + 2_000_000 + i * TEST_EPISODES) for i in range(4)]
     returns, success = map(np.concatenate, zip(*results))                                                           # (100,)
     learning_curve(folder)
@@ -718,9 +828,17 @@ def train(config):
           + f", {(time.time() - start) / 60:.1f} minutes in all; see {folder}", flush=True)
 
 
+def progress(folder, step):
+    """progress.csv, opened to append, with nothing in it but whole rows from before `step`."""
+    path = folder / "progress.csv"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() and step else []
+    path.write_text("".join(line for line in lines if line.endswith("\n") and (line.startswith("step") or int(line.split(",")[0]) < step)))
+    return open(path, "a", newline="")
+
+
 def log(row, seconds, file, bar):
     """One row of progress.csv, and the figures behind the progress bar."""
-    writer = csv.DictWriter(file, row)
+    writer = csv.DictWriter(file, row, lineterminator="\n")
     if file.tell() == 0:
         writer.writeheader()
     writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
@@ -759,9 +877,12 @@ def hacked(reward, goal):
 def evaluate_run(folder, episodes):
     """The best policy of a run in deterministic episodes: one table on the screen, and eval.json in the run's folder."""
     config = read_config(folder)
+    if config.goal is None:
+        raise UsageError(f"--eval {folder}: the simulator has no criterion for {config.prompt!r}; it judges the prompts of --task {', '.join(TASKS)}")
+    config.reward = "clip"
     label, _, world, agent, _ = build(config)
     policy = agent.policy()
-    policy.load_state_dict(torch.load(folder / "best.pt", weights_only=True)["agent"])
+    load(folder / "best.pt", lambda saved: policy.load_state_dict(saved["agent"]))
     vectors, goals = [], []
     for i in range(-(-episodes // world.num_envs)):
         obs, _ = world.reset(seed=config.seed + 3_000_000 + i * world.num_envs)
@@ -841,7 +962,7 @@ def landscape(config):
     world.set_state(qpos)
     s = reward.embed(world.render())
     curves = {f"alpha {alpha}": goal_baseline_reward(s, reward.goal, reward.baseline, alpha).tolist() for alpha in ALPHAS}
-    folder = new_folder(config.out, f"{config.prompt} {config.landscape}")
+    folder = new_folder(config, config.landscape)
     np.savetxt(folder / "landscape.csv", np.column_stack([x, *curves.values()]), "%.6g", ",", header=",".join([config.landscape, *curves]), comments="")
     plot(folder / "landscape.png", config.landscape, x, curves)
     print(f"wrote {folder}/landscape.csv and landscape.png; highest reward: "
@@ -850,14 +971,17 @@ def landscape(config):
 
 def read_config(folder):
     """The configuration of a run; raises UsageError where there is none."""
-    if not (folder / "config.json").is_file() or not (folder / "best.pt").is_file():
-        raise UsageError(f"--eval {folder}: no config.json and best.pt there; give a run's folder, for example runs/a-humanoid-robot-kneeling")
-    config = argparse.Namespace(**json.loads((folder / "config.json").read_text()))
+    try:
+        config = argparse.Namespace(**json.loads((folder / "config.json").read_text()))
+        missing = {"prompt", "baseline", "alpha", "env_id", "task", "seed", "reward", *PAPER} - vars(config).keys()
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"{folder} is not a run's folder: its config.json cannot be read ({type(error).__name__}). Give one like "
+                         "runs/a-humanoid-robot-kneeling") from None
+    if missing or config.env_id not in SCENES:
+        raise UsageError(f"{folder}/config.json is not from this vlmrm.py: it lacks {', '.join(sorted(missing)) or 'a world known here'}")
     task = TASKS.get(config.task, Task(config.prompt))
     config.goal = task.goal if config.env_id == task.env_id else None
-    if config.goal is None:
-        raise UsageError(f"--eval {folder}: the simulator has no criterion for {config.prompt!r}; it judges the prompts of --task {', '.join(TASKS)}")
-    config.reward, config.rank, config.processes = "clip", 0, 1
+    config.rank, config.processes, config.resume = 0, 1, None
     config.device = "cuda" if torch.cuda.is_available() else "cpu"
     return config
 
@@ -883,11 +1007,18 @@ def parse(argv):
                    "RUN: compare every --clip and every --prompt on fixed states")
     p.add_argument("--landscape", metavar="JOINT", help="do not train: draw the reward against this joint, for example right_knee or hinge")
     p.add_argument("--episodes", type=int, default=100, help="of --eval (default: 100)")
+    p.add_argument("--resume", metavar="RUN", type=Path, help="go on with the run in this folder, to the bit as if it had not been interrupted")
     p.add_argument("--out", help="the run's folder (default: runs/<prompt>)")
+    p.error = sac.usage_error
     args = p.parse_args(argv)
-    if args.episodes < 1:
-        raise UsageError(f"--episodes must be at least 1, not {args.episodes}")
-    if args.eval:
+    if not 1 <= args.episodes <= 100_000:
+        raise UsageError(f"--episodes must be at least 1 and at most 100,000, not {args.episodes}")
+    modes = [flag for flag in ("eval", "landscape", "resume") if getattr(args, flag) is not None]
+    if len(modes) > 1:
+        raise UsageError(f"--{' and --'.join(modes)} exclude each other: give one of them")
+    if args.resume and any(value != p.get_default(flag) for flag, value in vars(args).items() if flag != "resume"):
+        raise UsageError("--resume goes on with a run as it was begun: give it without other flags")
+    if args.eval or args.resume:
         return args
     if args.prompt is None and args.task is None:
         raise UsageError('say what to learn: --prompt "a humanoid robot kneeling" or --task kneeling')
@@ -921,13 +1052,11 @@ def parse(argv):
         raise UsageError(f"--eval needs a criterion to judge rewards by: add --task {', --task '.join(TASKS)}")
     if lesson and args.rank == 0 and args.eval is None and args.landscape is None:
         print("lesson: tiny_clip and settings that end in minutes. The paper's run needs a CUDA GPU: --clip " + PAPER["clip"])
-    for flag in ("steps", "num_envs"):
-        if getattr(args, flag) < 1:
-            raise UsageError(f"--{flag.replace('_', '-')} must be at least 1, not {getattr(args, flag)}")
+    for flag, most in (("steps", 10 ** 10), ("num_envs", 4096), ("seed", 2 ** 31)):
+        if not (flag != "seed") <= getattr(args, flag) <= most:
+            raise UsageError(f"--{flag.replace('_', '-')} must be {'at least 1' if flag != 'seed' else 'at least 0'} and at most {most:,}, not {getattr(args, flag)}")
     if args.num_envs % args.processes:
         raise UsageError(f"--num-envs {args.num_envs} does not divide among {args.processes} processes: take a multiple of {args.processes}")
-    if args.seed < 0:
-        raise UsageError(f"--seed must be at least 0, not {args.seed}")
     if args.reward == "truth" and args.goal is None:
         have = ", ".join(name for name, task in TASKS.items() if task.goal)
         raise UsageError(f"--reward truth needs a task with a criterion: --task {have}")
@@ -937,11 +1066,16 @@ def parse(argv):
 def main(argv=None):
     """The command line."""
     config = parse(argv)
-    if config.eval:
+    if config.resume:
+        if "WORLD_SIZE" in os.environ:
+            raise UsageError("--resume is for runs of one process, not under torchrun")
+        folder, config = config.resume, read_config(config.resume)
+        config.resume = folder
+    elif config.eval:
         return evaluate_run(Path(config.eval), config.episodes)
-    if config.eval is not None:
+    elif config.eval is not None:
         return compare_models(config)
-    if config.landscape:
+    elif config.landscape is not None:
         return landscape(config)
     if config.processes > 1:
         dist.init_process_group()
