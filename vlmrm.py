@@ -621,18 +621,15 @@ def film(policy, config, label, folder, size=192, pictures=10):
     """One deterministic episode as film.png, a row of pictures, and film.gif, with the reward as a growing curve (from its lowest
     to its highest) and a green mark while the criterion holds."""
     world, large = (World(config.env_id, 1, pixels, config.looks, config.goal, config.reset_noise_scale)
-                    for pixels in (label.image_size if label else size, size))
-    states = []
+                    for pixels in (label.image_size, size))
+    frames = []
 
-    def look(frames):
-        states.append(world.qpos.copy())
-        return label(frames) if label else torch.as_tensor(world.goal(world)).float()
+    def look(pictures):
+        large.set_state(world.qpos)
+        frames.append(large.render()[0])
+        return label(pictures)
     obs, _ = world.reset(seed=config.seed)
     block, rewards, _ = sac.rollout(world, obs, lambda obs: policy.act(obs, deterministic=True), world.scene.episode_length, look)
-    frames = []
-    for qpos in states:
-        large.set_state(qpos)
-        frames.append(large.render()[0])
     every = len(frames) // pictures
     Image.fromarray(np.concatenate(frames[every - 1::every], axis=1)).save(folder / "film.png")
     images, rewards = [Image.fromarray(frame) for frame in frames], torch.cat(rewards).tolist()
