@@ -27,6 +27,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -701,7 +702,8 @@ def save(path, content):
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError
         aside.unlink(missing_ok=True)
-        print(f"warning: {path} could not be written ({str(error).splitlines()[0]}); the one before stays", file=sys.stderr)
+        free = shutil.disk_usage(path.parent).free / 1e6
+        print(f"warning: {path} could not be written ({free:.0f} MB free; {str(error).splitlines()[0]}); the one before stays", file=sys.stderr)
 
 
 def load(path, put):
