@@ -10,6 +10,7 @@ Every picture is compared with every caption (the sigmoid loss of SigLIP, arXiv 
 state is a log-odds in [-4, 2.5] that falls smoothly with the distance from the pose it names, as captioners agree less
 and less: the cosine learns this slope, and a policy can climb it.
 """
+import argparse
 import json
 import multiprocessing
 import random
@@ -299,10 +300,11 @@ def fit(model, frames, truth, steps, lr, rng, batch=192):
     model.eval()
 
 
-def save(model):
+def save(model, folder=HERE):
     words = sorted({w.strip(",.") for t, p in CAPTIONS.values() for x in t for y in p for w in x.format(y).lower().split()})
-    (HERE / "open_clip_config.json").write_text(json.dumps(CONFIG | {"words": words}, indent=2) + "\n")
-    save_file({k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}, HERE / "open_clip_model.safetensors")
+    folder.mkdir(exist_ok=True)
+    (folder / "open_clip_config.json").write_text(json.dumps(CONFIG | {"words": words}, indent=2) + "\n")
+    save_file({k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
 
 
 @torch.no_grad()
@@ -329,6 +331,10 @@ def report(model, name, frames, truth):
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--siblings", type=int, nargs="+", help="leave tiny_clip as it is (its width is 16) and make siblings of these widths, "
+                        "tiny_clip/width-..., from pictures of the same kinds")
+    siblings = parser.parse_args().siblings
     start = time.time()
     clock = lambda text: print(f"[{(time.time() - start) / 60:5.1f} min] {text}", flush=True)
     random.seed(0)
@@ -341,6 +347,16 @@ def main():
     states = random_states(rng)
     cart = np.stack([rng.uniform(-1, 1, 9000), np.clip(rng.normal(0, rng.choice([0.1, 0.5, 1.2], 9000)), -1.6, 1.6)], 1)
     sets = [pictures("Humanoid-v5", states[rng.choice(len(states), 24_000, replace=False)]), pictures("InvertedPendulum-v5", cart), *jobs]
+    if siblings:
+        sets += pool.map(policy_pictures, [(seed, 28, 14_000, None) for seed in (201, 202)])
+        frames, truth = map(np.concatenate, zip(*sets))
+        for width in siblings:
+            clock(f"training width {width} on {len(frames)} pictures")
+            CONFIG["model_cfg"]["vision_cfg"]["width"] = width
+            model = new_model()
+            fit(model, frames, truth, 2100, 1.5e-3, rng)
+            save(model, HERE / f"width-{width}")
+        return clock("done")
     model = new_model()
     for steps, seeds in ((1100, (201, 202)), (1000, ())):
         frames, truth = map(np.concatenate, zip(*sets))
