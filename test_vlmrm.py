@@ -2,10 +2,12 @@
 import csv
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -130,6 +132,36 @@ def test_clip_reward_keeps_only_the_image_tower_and_nothing_to_train():
     assert not any(p.requires_grad for p in reward.parameters()) and not reward.visual.training
 
 
+@pytest.fixture
+def egl(monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "egl")  # Gymnasium's own renderer would ask for a window
+
+
+POLE = "InvertedPendulum-v5", "pole vertically upright on top of the cart", "pole and cart"
+
+
+def test_any_environment_gets_the_reward_of_its_picture(egl):
+    env_id, *prompts = POLE
+    reward = CLIPReward(*prompts)
+    env = vlmrm.WithCLIPReward(gym.make(env_id, render_mode="rgb_array", width=80, height=80), reward)
+    envs = vlmrm.WithCLIPRewards(gym.make_vec(env_id, 2, "sync", render_mode="rgb_array", width=80, height=80), reward)
+    env.reset(seed=0), envs.reset(seed=0)
+    for _ in range(3):
+        got, rewards = env.step(np.array([1.0]))[1], envs.step(np.array([[1.0], [-1.0]]))[1]
+    assert got == pytest.approx(reward(env.render().copy()[None]).item(), abs=1e-5) == pytest.approx(rewards[0], abs=1e-5)
+    assert rewards.shape == (2,) and rewards.dtype == np.float32 and rewards[0] != rewards[1] and isinstance(got, float)
+    same_step = dict(autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    with pytest.raises(UsageError, match="take NEXT_STEP"):
+        vlmrm.WithCLIPRewards(gym.make_vec(env_id, 2, "sync", vector_kwargs=same_step), reward)
+
+
+def test_the_readmes_example_with_stable_baselines3_runs(egl):
+    pytest.importorskip("stable_baselines3")
+    example = re.search(r"((?:    .*\n|\n)*    .*\.learn\(.*\n)", (HERE / "README.md").read_text()).group(1)
+    assert "WithCLIPReward" in example
+    exec(textwrap.dedent(example).replace("50_000", "110"), {})
+
+
 def test_words_that_the_model_never_saw_are_named(capsys):
     CLIPReward("a humanoid robot juggling flamingos")
     assert "never saw the words: flamingos, juggling" in capsys.readouterr().err
@@ -226,11 +258,10 @@ def test_last_picture_is_of_the_last_state_and_observations_match_states():
     np.testing.assert_array_equal(block.obs[1:200], block.next_obs[:199])
 
 
-def test_original_looks_are_gymnasiums(monkeypatch):
+def test_original_looks_are_gymnasiums(egl):
     world = World("Humanoid-v5", 1, 96, "original")
     world.reset(seed=0)
     ours = world.render()[0].astype(int)
-    monkeypatch.setenv("MUJOCO_GL", "egl")  # Gymnasium's renderer would ask for a window
     theirs = gym.make("Humanoid-v5", render_mode="rgb_array", width=96, height=96)
     theirs.reset(seed=0)
     expected = theirs.render().astype(int)

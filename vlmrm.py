@@ -156,6 +156,32 @@ class CLIPReward(nn.Module):
         return goal_baseline_reward(self.embed(frames), self.goal, self.baseline, self.alpha)
 
 
+class WithCLIPReward(gym.Wrapper):
+    """Any Gymnasium environment made with render_mode="rgb_array", with another reward: that of its picture after each step."""
+
+    def __init__(self, env, reward):
+        super().__init__(env)
+        self.clip_reward = reward
+
+    def step(self, action):
+        obs, _, *rest = self.env.step(action)
+        return obs, self.clip_reward(np.ascontiguousarray(self.env.render())[None]).item(), *rest
+
+
+class WithCLIPRewards(gym.vector.VectorWrapper):
+    """The same for a vector of environments, whose pictures are encoded together: rewards float32 (num_envs,)."""
+
+    def __init__(self, env, reward):
+        super().__init__(env)
+        if env.metadata.get("autoreset_mode") == gym.vector.AutoresetMode.SAME_STEP:
+            raise UsageError("with autoreset_mode SAME_STEP the last picture of an episode is already the next one's: take NEXT_STEP")
+        self.clip_reward = reward
+
+    def step(self, actions):
+        obs, _, *rest = self.env.step(actions)
+        return obs, self.clip_reward(np.stack(self.env.render())).cpu().numpy(), *rest
+
+
 def load_clip(clip, random_weights=False):
     """The open_clip model and its own tokenizer, for "architecture/tag" or a folder; never an untrained model by accident."""
     name, _, tag = clip.partition("/")
@@ -549,7 +575,7 @@ class Painter:
         if looks == "plain":
             self.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = self.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
         try:
-            if sys.platform == "linux" and "MUJOCO_GL" not in os.environ:
+            if sys.platform == "linux" and os.environ.get("MUJOCO_GL", "egl") == "egl":
                 from mujoco.egl import GLContext  # renders without a display, on a GPU or in software
             else:
                 from mujoco.gl_context import GLContext
