@@ -374,10 +374,10 @@ def exit_with_one_line(main):
         sys.exit(130)
 
 
-def make_envs(env_id, num_envs, autoreset_mode):
-    """A VectorEnv of any registered Gymnasium task with Box actions; raises UsageError for anything else."""
+def make_envs(env_id, num_envs, autoreset_mode, **kwargs):
+    """A VectorEnv of any registered Gymnasium task with Box actions; raises UsageError for anything else. kwargs: of gym.make_vec."""
     try:
-        env = gym.make_vec(env_id, num_envs, "sync", vector_kwargs={"autoreset_mode": autoreset_mode})
+        env = gym.make_vec(env_id, num_envs, "sync", vector_kwargs={"autoreset_mode": autoreset_mode}, **kwargs)
     except (gym.error.Error, ImportError) as error:
         raise UsageError(f"--env-id {env_id}: {' '.join(str(error).split())}") from None
     actions, observations = env.single_action_space, env.single_observation_space

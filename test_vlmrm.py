@@ -324,6 +324,68 @@ def test_postures_touch_the_floor_as_mujoco_sees_it(how):
     assert touching == [True, False]
 
 
+def test_any_other_task_equals_gymnasiums_without_reward_and_end(egl):
+    world, theirs = vlmrm.GymWorld("Hopper-v5", 2, 48, 30), gym.make("Hopper-v5", terminate_when_unhealthy=False)
+    assert np.array_equal(world.reset(seed=3)[0][1], theirs.reset(seed=4)[0])
+    rng = np.random.default_rng(0)
+    for t in range(30):
+        action = rng.uniform(-1, 1, (2, 3)).astype(np.float32)
+        obs, reward, terminated, truncated, _ = world.step(action)
+        assert np.array_equal(obs[1], theirs.step(action[1])[0]) and not reward.any() and not terminated.any() and truncated.all() == (t == 29)
+    assert world.render().shape == (2, 48, 48, 3) and world.render().std() > 5
+    first, _ = world.reset()
+    saved = world.get_state()
+    world.reset()
+    world.put_state(saved)
+    assert np.array_equal(world.observe(), first)
+
+
+def test_discrete_actions_are_the_largest_of_continuous_ones():
+    world, theirs = vlmrm.GymWorld("CartPole-v1", 2, 48, 20), gym.make("CartPole-v1")
+    world.reset(seed=0), theirs.reset(seed=0)
+    assert world.single_action_space.shape == (2,)
+    for _ in range(5):
+        assert np.array_equal(world.step(np.array([[0.1, 0.3], [0.9, -0.2]]))[0][0], theirs.step(1)[0])
+
+
+def test_another_task_trains_end_to_end(egl, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for settings in (vlmrm.PAPER, vlmrm.FEWER):
+        monkeypatch.setitem(settings, "rollout_steps", 10)
+        monkeypatch.setitem(settings, "updates", 2)
+    monkeypatch.setattr(vlmrm, "TEST_EPISODES", 1)
+    vlmrm.main(["--env-id", "Hopper-v5", "--prompt", "a robot", "--steps", "40", "--num-envs", "2", "--out", "hop"])
+    progress = list(csv.DictReader(open("hop/progress.csv")))
+    assert len(progress) == 2 and float(progress[-1]["loss_q"]) > 0 and progress[-1]["success"] == ""
+    assert Image.open("hop/film.png").size == (1920, 192) and "success" not in capsys.readouterr().out
+
+
+def test_view_shows_the_policys_states(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(vlmrm.CARTPOLE, "updates", 1)
+    monkeypatch.setattr(vlmrm, "TEST_EPISODES", 1)
+    vlmrm.main(["--task", "cartpole", "--steps", "400", "--num-envs", "1", "--out", "cart"])
+    seen = []
+
+    class Viewer:  # in place of the window
+        def __init__(self, model, data):
+            self.data = data
+
+        def is_running(self):
+            return len(seen) < 3
+
+        def sync(self):
+            seen.append(self.data.qpos.copy())
+    monkeypatch.setattr("mujoco.viewer.launch_passive", Viewer)
+    vlmrm.main(["--view", "cart"])
+    world, policy = World("InvertedPendulum-v5", 1, reset_noise_scale=0.05), sac.SAC(4, 1, hidden=128, layer_norm=True)
+    policy.load_state_dict(torch.load("cart/best.pt", weights_only=True)["agent"])
+    obs, _ = world.reset(seed=0)
+    for qpos in seen:
+        obs, *_ = world.step(sac.to_env(world, policy.act(obs, deterministic=True)))
+        assert np.array_equal(qpos, world.qpos[0])
+
+
 def test_balanced_criterion_is_the_reward_of_step():
     world = World("InvertedPendulum-v5", 3, goal=TASKS["cartpole"].goal)
     world.reset(seed=0)
@@ -542,7 +604,13 @@ def test_sac_learns_to_hold_the_pole_longer():
     (["--task", "kneeling", "--out", "{tmp}/file/run"], "cannot make the folder"),
     (["--task", "kneeling", "--looks", "nice"], "invalid choice"),
     (["--task", "kneeling", "--reward", "sparse"], "invalid choice"),
-    (["--task", "kneeling", "--env-id", "Ant-v5"], "invalid choice"),
+    (["--prompt", "x", "--env-id", "Antt-v5"], "Antt"),
+    (["--prompt", "x", "--env-id", "Blackjack-v1"], "vector observations"),
+    (["--prompt", "x", "--env-id", "Hopper-v5", "--looks", "plain"], "Gymnasium draws Hopper-v5"),
+    (["--prompt", "x", "--env-id", "Hopper-v5", "--landscape", "foot_joint"], "--landscape is for"),
+    (["--prompt", "x", "--env-id", "Hopper-v5", "--alpha", "0.5"], "--baseline"),
+    (["--view", "{tmp}/missing"], "is not a run's folder"),
+    (["--view", "{tmp}/old", "--eval", "{tmp}/old"], "exclude each other"),
     (["--task", "kneeling", "--lr", "3"], "unrecognized arguments: --lr 3"),
     (["--task", "kneeling", "--landscape", ""], "there are abdomen_z"),
     (["--eval", "{tmp}/missing"], "is not a run's folder"),

@@ -23,6 +23,7 @@ import bisect
 import copy
 import csv
 import difflib
+import importlib
 import json
 import logging
 import os
@@ -423,7 +424,7 @@ class World(gym.vector.VectorEnv):
     def __init__(self, env_id="Humanoid-v5", num_envs=32, image_size=224, looks="paper", goal=None,
                  reset_noise_scale=0.01, num_threads=0):
         self.scene, self.num_envs, self.image_size, self.looks = SCENES[env_id], num_envs, image_size, looks
-        self.goal, self.reset_noise_scale = goal, reset_noise_scale
+        self.goal, self.reset_noise_scale, self.episode_length = goal, reset_noise_scale, self.scene.episode_length
         self.xml = str(Path(gym.__file__).parent / "envs/mujoco/assets" / self.scene.xml)
         self.model = mujoco.MjModel.from_xml_path(self.xml)
         # Arrays bound to the batch are live views of the simulations: what outlives a step is copied.
@@ -438,7 +439,7 @@ class World(gym.vector.VectorEnv):
             -np.inf, np.inf, (self.model.nq - self.scene.obs_start + self.model.nv,), np.float64)
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
-        self.painters = {}
+        self.painter = None
 
     def observe(self):
         """Observations (num_envs, obs_dim) of the current states, float64."""
@@ -480,18 +481,16 @@ class World(gym.vector.VectorEnv):
         self.batch.step(nstep=self.scene.frame_skip, stage=mujoco.mjtStage.mjSTAGE_POS)
         self.elapsed += 1
         reward = np.zeros(self.num_envs) if self.goal is None else self.goal(self).astype(float)
-        truncated = self.elapsed >= self.scene.episode_length
+        truncated = self.elapsed >= self.episode_length
         return self.observe(), reward, np.zeros(self.num_envs, bool), truncated, {}
 
     def render(self):
         """Pictures of the current states, uint8 (num_envs, image_size, image_size, 3). Physics is not touched."""
-        if not self.painters:  # an OpenGL context belongs to one thread: each painter gets its own
-            threads = [ThreadPoolExecutor(1) for _ in range(min(PAINTERS, self.num_envs))]
-            self.painters = {t: t.submit(Painter, self.xml, self.scene, self.looks, self.image_size).result() for t in threads}
-        parts = np.array_split(self.qpos, len(self.painters))
-        jobs = [thread.submit(painter.paint, part) for (thread, painter), part in zip(self.painters.items(), parts)]
+        if not self.painter:
+            self.thread = ThreadPoolExecutor(1)  # the OpenGL context belongs to it, and waiting for a thread can end
+            self.painter = self.thread.submit(Painter, self.xml, self.scene, self.looks, self.image_size).result()
         try:
-            return np.concatenate([job.result(PATIENCE) for job in jobs])
+            return self.thread.submit(self.painter.paint, self.qpos).result(PATIENCE)
         except TimeoutError:
             raise RunError(f"the renderer has not answered for {PATIENCE} s. Known causes: too many processes that draw on one GPU (start "
                            "fewer), a driver without EGL (NVIDIA_DRIVER_CAPABILITIES=all), CUDA and EGL on different GPUs "
@@ -510,10 +509,10 @@ class World(gym.vector.VectorEnv):
             rng.bit_generator.state = bits
 
     def close_extras(self, **kwargs):
-        for thread, painter in self.painters.items():
-            thread.submit(painter.close).result()
-            thread.shutdown()
-        self.painters = {}
+        if self.painter:
+            self.thread.submit(self.painter.close).result()
+            self.thread.shutdown()
+        self.painter = None
 
 
 # looks="plain", for small picture models: no texture, no shadow, and a colour for each part that a caption may be about.
@@ -557,7 +556,6 @@ def dress(spec, looks):
         light.pos, light.dir, light.specular = (0, 0, 4), (0, 0, -1), (0.3, 0.3, 0.3)
 
 
-PAINTERS = 2  # threads that draw; eight at once have been seen to hang on an H200 (mujoco#3444)
 PATIENCE = 60  # seconds until a renderer that does not answer counts as hanging
 
 
@@ -610,6 +608,72 @@ class Painter:
         self.gl.free()
 
 
+class Endless(gym.Wrapper):
+    """A Gymnasium task stripped of its reward and of its terminations, both of which would tell the agent what the task is; Discrete(n)
+    actions become n continuous ones, of which the largest counts."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.discrete = isinstance(env.action_space, gym.spaces.Discrete)
+        if self.discrete:
+            self.action_space = gym.spaces.Box(-1, 1, (int(env.action_space.n),))
+
+    def step(self, action):
+        obs, _, _, truncated, info = self.env.step(self.env.action_space.start + np.argmax(action) if self.discrete else action)
+        return obs, 0.0, False, truncated, info
+
+
+class GymWorld(gym.vector.VectorWrapper):
+    """Any other Gymnasium task with vector observations that draws itself, as a World without a criterion: `Endless` simulations that
+    are truncated after `episode_length` steps and drawn as Gymnasium draws them, image_size pixels high if MuJoCo does."""
+
+    def __init__(self, env_id, num_envs, image_size, episode_length):
+        if sys.platform == "linux" and "DISPLAY" not in os.environ:
+            os.environ.setdefault("MUJOCO_GL", "egl")
+        make = lambda **size: sac.make_envs(env_id, num_envs, gym.vector.AutoresetMode.DISABLED, wrappers=(Endless,), render_mode="rgb_array",
+                                            max_episode_steps=episode_length, **size)
+        try:
+            env = make(width=image_size, height=image_size)
+        except TypeError:  # not MuJoCo: it has a size of its own
+            env = make()
+        super().__init__(env)
+        self.env_id, self.episode_length = env_id, episode_length
+        self.reset()  # only then it can be drawn
+
+    def reset(self, *, seed=None, options=None):
+        self.bits = [env.unwrapped.np_random.bit_generator.state for env in self.env.envs]
+        self.obs, info = self.env.reset(seed=seed, options=options)
+        return self.obs, info
+
+    def observe(self):
+        """Observations (num_envs, obs_dim) after the last reset."""
+        return self.obs
+
+    def render(self):
+        """Pictures of the current states, uint8 (num_envs, height, width, 3)."""
+        try:
+            return np.stack(self.env.render())
+        except gym.error.DependencyNotInstalled as error:
+            raise UsageError(f"--env-id {self.env_id} cannot be drawn: {error}") from None
+
+    def get_state(self):
+        """What `put_state` needs to continue to the bit after a reset of all simulations: the random states before it."""
+        return {"rngs": self.bits}
+
+    def put_state(self, state):
+        """Back to where get_state was called."""
+        for env, bits in zip(self.env.envs, state["rngs"]):
+            env.unwrapped.np_random.bit_generator.state = bits
+        self.reset()
+
+
+def make_world(config, num_envs, image_size):
+    """The world that a run's configuration asks for."""
+    if config.env_id in SCENES:
+        return World(config.env_id, num_envs, image_size, config.looks, config.goal, config.reset_noise_scale)
+    return GymWorld(config.env_id, num_envs, image_size, config.rollout_steps)
+
+
 # ------------------------------------------------------------------------------------ training: Algorithm 1 and its settings
 
 # Appendix C.2: 32 simulations x 100 steps, then 100 updates, is one iteration.
@@ -639,7 +703,7 @@ def evaluate(world, policy, label, seed):
     """
     obs, _ = world.reset(seed=seed)
     act = lambda obs: policy.act(obs, deterministic=True)
-    block, labels, _ = sac.rollout(world, obs, act, world.scene.episode_length, label)
+    block, labels, _ = sac.rollout(world, obs, act, world.episode_length, label)
     rewards = torch.stack(labels).cpu().numpy() if label else block.reward                          # (T, num_envs)
     return rewards.sum(0), block.reward.mean(0) >= 0.5
 
@@ -647,20 +711,22 @@ def evaluate(world, policy, label, seed):
 def film(policy, config, label, folder, size=192, pictures=10):
     """One deterministic episode as film.png, a row of pictures, and film.gif, with the reward as a growing curve (from its lowest
     to its highest) and a green mark while the criterion holds."""
-    world, large = (World(config.env_id, 1, pixels, config.looks, config.goal, config.reset_noise_scale)
-                    for pixels in (label.image_size, size))
-    frames = []
+    world, large = (make_world(config, 1, pixels) for pixels in (label.image_size, size))
+    images = []
 
     def look(pictures):
-        large.set_state(world.qpos)
-        frames.append(large.render()[0])
+        drawn = pictures[0]
+        if config.env_id in SCENES:  # the same state, drawn for people
+            large.set_state(world.qpos)
+            drawn = large.render()[0]
+        images.append(Image.fromarray(drawn).resize((size * drawn.shape[1] // drawn.shape[0], size)))
         return label(pictures)
     obs, _ = world.reset(seed=config.seed)
-    block, rewards, _ = sac.rollout(world, obs, lambda obs: policy.act(obs, deterministic=True), world.scene.episode_length, look)
-    every = len(frames) // pictures
-    Image.fromarray(np.concatenate(frames[every - 1::every], axis=1)).save(folder / "film.png")
-    images, rewards = [Image.fromarray(frame) for frame in frames], torch.cat(rewards).tolist()
-    x = np.linspace(5, size - 5, len(images))
+    block, rewards, _ = sac.rollout(world, obs, lambda obs: policy.act(obs, deterministic=True), world.episode_length, look)
+    every = len(images) // pictures
+    Image.fromarray(np.concatenate(images[every - 1::every], axis=1)).save(folder / "film.png")
+    rewards = torch.cat(rewards).tolist()
+    x = np.linspace(5, images[0].width - 5, len(images))
     y = np.interp(rewards, [min(rewards), max(rewards)], [size - 5, size * 0.75])
     for t, image in enumerate(images):
         draw = ImageDraw.Draw(image)
@@ -672,10 +738,10 @@ def film(policy, config, label, folder, size=192, pictures=10):
 
 
 def learning_curve(folder):
-    """curve.png from progress.csv: CLIP return and success rate of each iteration's episodes against steps."""
+    """curve.png from progress.csv: CLIP return and, where there is a criterion, success of each iteration's episodes against steps."""
     rows = list(csv.DictReader(open(folder / "progress.csv")))
-    steps, *curves = ([float(row[name]) for row in rows] for name in ("step", "return", "success"))
-    plot(folder / "curve.png", "steps", steps, dict(zip(("return", "success"), curves)))
+    steps, *curves = ([float(row[name] or "nan") for row in rows] for name in ("step", "return", "success"))
+    plot(folder / "curve.png", "steps", steps, {name: curve for name, curve in zip(("return", "success"), curves) if not np.isnan(curve).any()})
 
 
 def plot(path, x_name, x, curves, width=640, height=240):
@@ -702,7 +768,7 @@ def new_folder(config, name=""):
     for folder in names:
         try:
             folder.mkdir(parents=True)
-            settings = {k: v for k, v in vars(config).items() if k not in ("goal", "eval", "landscape", "resume", "device", "rank", "processes")}
+            settings = {k: v for k, v in vars(config).items() if k not in ("goal", "eval", "landscape", "resume", "view", "device", "rank", "processes")}
             (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
             return folder
         except FileExistsError:
@@ -775,13 +841,12 @@ def restore(saved, world, agent, replay):
 def build(config):
     """What a run consists of: label (None for --reward truth), world to train in, world to test in, agent and replay."""
     torch.manual_seed(config.seed)
-    label, image_size, goal = None, 64, config.goal
+    label, image_size = None, 64
     if config.reward == "clip":
         label = CLIPReward(config.prompt, config.baseline, config.alpha, config.clip, config.device)
         image_size = label.image_size
     num_envs = config.num_envs // config.processes
-    world = World(config.env_id, num_envs, image_size, config.looks, goal, config.reset_noise_scale)
-    test_world = World(config.env_id, TEST_EPISODES, image_size, config.looks, goal, config.reset_noise_scale)
+    world, test_world = make_world(config, num_envs, image_size), make_world(config, TEST_EPISODES, image_size)
     if label:
         label(world.render())  # so that a missing OpenGL or a lack of memory shows before anything is written
     obs_dim, action_dim = world.single_observation_space.shape[0], world.single_action_space.shape[0]
@@ -826,11 +891,11 @@ def train(config):
                 step = it["step"] * config.processes
                 bar.update(step - bar.n)
                 row = {"step": step, "seconds": time.time() - start, "return": it["reward"].sum(0).mean(),
-                       "success": (it["truth"].mean(0) >= 0.5).mean(), "test_return": "", "test_success": ""}
+                       "success": (it["truth"].mean(0) >= 0.5).mean() if config.goal else "", "test_return": "", "test_success": ""}
                 row |= {name: it.get(name, "") for name in ("temperature", "entropy", "q", "loss_q", "loss_pi")}
                 if step % config.eval_every < per_iteration or step == steps:
                     returns, success = evaluate(test_world, it["policy"], label, config.seed + 1_000_000)
-                    row |= {"test_return": returns.mean(), "test_success": success.mean()}
+                    row |= {"test_return": returns.mean(), "test_success": success.mean() if config.goal else ""}
                     checkpoint()
                     if returns.mean() > best:
                         best = returns.mean()
@@ -869,7 +934,8 @@ def log(row, seconds, file, bar):
     writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
     file.flush()
     shares = " ".join(f"{part} {value / sum(seconds.values()):.0%}" for part, value in seconds.items())
-    bar.set_postfix_str(f"return {row['return']:.2f}, success {row['success']:.0%}, {shares}")
+    success = f"success {row['success']:.0%}, " if row["success"] != "" else ""
+    bar.set_postfix_str(f"return {row['return']:.2f}, {success}{shares}")
 
 
 # ------------------------------------------------------------------------------- evaluation: the simulator is the judge
@@ -912,7 +978,7 @@ def evaluate_run(folder, episodes):
     for i in range(-(-episodes // world.num_envs)):
         obs, _ = world.reset(seed=config.seed + 3_000_000 + i * world.num_envs)
         act = lambda obs: policy.act(obs, deterministic=True)
-        block, labels, _ = sac.rollout(world, obs, act, world.scene.episode_length, label.embed)
+        block, labels, _ = sac.rollout(world, obs, act, world.episode_length, label.embed)
         vectors.append(torch.stack(labels, 1))                                                      # (num_envs, T, D)
         goals.append(block.reward.T > 0)                                                            # (num_envs, T)
     vectors, goals = torch.cat(vectors)[:episodes], np.concatenate(goals)[:episodes]
@@ -927,6 +993,29 @@ def evaluate_run(folder, episodes):
           f"goal states {goals.mean():.0%} of the steps\nalpha   EPIC  AUROC  hacked")
     for row in result["alphas"]:
         print(f"{row['alpha']:5.2f} {row['epic']:6.3f} {row['auroc']:6.3f} {row['hacked']:7.1%}")
+
+
+def view(folder):
+    """Watch a run's best policy in MuJoCo's own viewer, episode after episode, until its window is closed."""
+    config = read_config(folder)
+    if config.env_id not in SCENES:
+        raise UsageError(f"--view shows {' and '.join(SCENES)}; of {config.env_id} there is {folder}/film.gif")
+    world = make_world(config, 1, 64)
+    model, data = world.model, mujoco.MjData(world.model)
+    agent = sac.SAC(model.nq - world.scene.obs_start + model.nv, model.nu, hidden=config.hidden, layer_norm=config.layer_norm)
+    load(folder / "best.pt", lambda saved: agent.load_state_dict(saved["agent"]))
+    try:
+        viewer = importlib.import_module("mujoco.viewer").launch_passive(model, data)
+    except (ImportError, RuntimeError) as error:
+        raise UsageError(f"--view needs a display ({error}); without one look at {folder}/film.gif") from None
+    obs, done = world.reset(seed=config.seed)[0], False
+    while viewer.is_running():
+        obs, _, _, done, _ = world.step(sac.to_env(world, agent.act(obs, deterministic=True)))
+        data.qpos[:] = world.qpos[0]
+        mujoco.mj_forward(model, data)
+        viewer.sync()
+        time.sleep(model.opt.timestep * world.scene.frame_skip)
+        obs = world.reset()[0] if done.all() else obs
 
 
 def labelled_states(task, seed=0):
@@ -1002,8 +1091,8 @@ def read_config(folder):
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"{folder} is not a run's folder: its config.json cannot be read ({type(error).__name__}). Give one like "
                          "runs/a-humanoid-robot-kneeling") from None
-    if missing or config.env_id not in SCENES:
-        raise UsageError(f"{folder}/config.json is not from this vlmrm.py: it lacks {', '.join(sorted(missing)) or 'a world known here'}")
+    if missing:
+        raise UsageError(f"{folder}/config.json is not from this vlmrm.py: it lacks {', '.join(sorted(missing))}")
     task = TASKS.get(config.task, Task(config.prompt))
     config.goal = task.goal if config.env_id == task.env_id else None
     config.rank, config.processes, config.resume = 0, 1, None
@@ -1020,7 +1109,7 @@ def parse(argv):
     p.add_argument("--task", choices=TASKS, metavar="TASK", help=f"the goal by name: {', '.join(TASKS)}")
     p.add_argument("--baseline", help="what the picture shows anyway (default: the task's)")
     p.add_argument("--alpha", type=float, default=0.0, help="goal-baseline regularisation, 0 to 1 (default: 0)")
-    p.add_argument("--env-id", choices=SCENES, metavar="ID", help=f"the world: {', '.join(SCENES)} (default: the task's)")
+    p.add_argument("--env-id", metavar="ID", help=f"the world: {', '.join(SCENES)}, or any Gymnasium task that draws itself (default: the task's)")
     p.add_argument("--clip", nargs="+", metavar="NAME|FOLDER", help="open_clip architecture/tag, or a folder with config and weights")
     p.add_argument("--looks", choices=("paper", "original", "plain"), help="how the world is drawn")
     p.add_argument("--paper", action="store_true", help="learn with exactly the paper's settings (appendix C.2)")
@@ -1031,6 +1120,7 @@ def parse(argv):
     p.add_argument("--eval", metavar="RUN", nargs="?", const="", help="do not train: evaluate the best policy of this run's folder; without "
                    "RUN: compare every --clip and every --prompt on fixed states")
     p.add_argument("--landscape", metavar="JOINT", help="do not train: draw the reward against this joint, for example right_knee or hinge")
+    p.add_argument("--view", metavar="RUN", type=Path, help="do not train: watch the best policy of this run's folder in MuJoCo's viewer")
     p.add_argument("--episodes", type=int, default=100, help="of --eval (default: 100)")
     p.add_argument("--resume", metavar="RUN", type=Path, help="go on with the run in this folder, to the bit as if it had not been interrupted")
     p.add_argument("--out", help="the run's folder (default: runs/<prompt>)")
@@ -1038,12 +1128,12 @@ def parse(argv):
     args = p.parse_args(argv)
     if not 1 <= args.episodes <= 100_000:
         raise UsageError(f"--episodes must be at least 1 and at most 100,000, not {args.episodes}")
-    modes = [flag for flag in ("eval", "landscape", "resume") if getattr(args, flag) is not None]
+    modes = [flag for flag in ("eval", "landscape", "resume", "view") if getattr(args, flag) is not None]
     if len(modes) > 1:
         raise UsageError(f"--{' and --'.join(modes)} exclude each other: give one of them")
     if args.resume and any(value != p.get_default(flag) for flag, value in vars(args).items() if flag != "resume"):
         raise UsageError("--resume goes on with a run as it was begun: give it without other flags")
-    if args.eval or args.resume:
+    if args.eval or args.resume or args.view:
         return args
     if args.prompt is None and args.task is None:
         raise UsageError('say what to learn: --prompt "a humanoid robot kneeling" or --task kneeling')
@@ -1051,6 +1141,12 @@ def parse(argv):
     named = TASKS[args.task] if args.task else Task(None)
     args.prompt = args.prompt or [named.prompt]
     args.env_id = args.env_id or named.env_id
+    if args.env_id not in SCENES:
+        if args.looks or args.landscape:
+            raise UsageError(f"--{'looks' if args.looks else 'landscape'} is for --env-id {' and '.join(SCENES)}; Gymnasium draws {args.env_id}")
+        if args.alpha > 0 and args.baseline is None:
+            raise UsageError(f"with alpha > 0 say what a picture of {args.env_id} shows anyway: --baseline \"a one-legged robot\"")
+        args.looks = "Gymnasium's own"
     args.baseline = named.baseline if args.baseline is None else args.baseline
     args.goal = named.goal if args.env_id == named.env_id else None
     args.rank, local_rank, args.processes = (int(os.environ.get(name, i)) for name, i in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
@@ -1096,6 +1192,8 @@ def main(argv=None):
             raise UsageError("--resume is for runs of one process, not under torchrun")
         folder, config = config.resume, read_config(config.resume)
         config.resume = folder
+    elif config.view:
+        return view(config.view)
     elif config.eval:
         return evaluate_run(Path(config.eval), config.episodes)
     elif config.eval is not None:
