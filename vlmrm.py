@@ -337,6 +337,11 @@ def balanced(world):
     return np.abs(world.qpos[:, 1]) < 0.2
 
 
+def at_flag(world):
+    """The car is as far up as Gymnasium's goal."""
+    return world.obs[:, 0] >= 0.45
+
+
 class Task(NamedTuple):
     """A goal in words, and in the simulator's terms."""
     prompt: str
@@ -363,6 +368,8 @@ TASKS = {  # all eight of Table 1; a search over poses found that the model's jo
     "arms-crossed": Task("a humanoid robot standing up, with its arms crossed", arms_crossed, STAND | dict(
         right_shoulder1=59, right_shoulder2=41, right_elbow=-73, left_shoulder1=52, left_shoulder2=-59, left_elbow=-4)),
     "cartpole": Task("pole vertically upright on top of the cart", balanced, env_id="InvertedPendulum-v5", baseline="pole and cart"),
+    "mountaincar": Task("a car at the peak of the mountain, next to the yellow flag", at_flag, env_id="MountainCarContinuous-v0",
+                        baseline="a car in the mountain"),
 }
 
 
@@ -624,10 +631,10 @@ class Endless(gym.Wrapper):
 
 
 class GymWorld(gym.vector.VectorWrapper):
-    """Any other Gymnasium task with vector observations that draws itself, as a World without a criterion: `Endless` simulations that
-    are truncated after `episode_length` steps and drawn as Gymnasium draws them, image_size pixels high if MuJoCo does."""
+    """Any other Gymnasium task with vector observations that draws itself, as a World: `Endless` simulations that are truncated
+    after `episode_length` steps and drawn as Gymnasium draws them, image_size pixels high if MuJoCo does."""
 
-    def __init__(self, env_id, num_envs, image_size, episode_length):
+    def __init__(self, env_id, num_envs, image_size, episode_length, goal=None):
         if sys.platform == "linux" and "DISPLAY" not in os.environ:
             os.environ.setdefault("MUJOCO_GL", "egl")
         make = lambda **size: sac.make_envs(env_id, num_envs, gym.vector.AutoresetMode.DISABLED, wrappers=(Endless,), render_mode="rgb_array",
@@ -637,7 +644,7 @@ class GymWorld(gym.vector.VectorWrapper):
         except TypeError:  # not MuJoCo: it has a size of its own
             env = make()
         super().__init__(env)
-        self.env_id, self.episode_length = env_id, episode_length
+        self.env_id, self.episode_length, self.goal = env_id, episode_length, goal
         self.reset()  # only then it can be drawn
 
     def reset(self, *, seed=None, options=None):
@@ -645,9 +652,19 @@ class GymWorld(gym.vector.VectorWrapper):
         self.obs, info = self.env.reset(seed=seed, options=options)
         return self.obs, info
 
+    def step(self, action):
+        self.obs, reward, *rest = self.env.step(action)
+        return self.obs, self.goal(self).astype(float) if self.goal else reward, *rest
+
     def observe(self):
-        """Observations (num_envs, obs_dim) after the last reset."""
+        """Observations (num_envs, obs_dim) of the current states."""
         return self.obs
+
+    def set_state(self, states):
+        """Put mountain cars, which observe just their state, into states (num_envs, 2)."""
+        self.obs = np.array(states)
+        for env, state in zip(self.env.envs, self.obs):
+            env.unwrapped.state = state
 
     def render(self):
         """Pictures of the current states, uint8 (num_envs, height, width, 3)."""
@@ -671,7 +688,7 @@ def make_world(config, num_envs, image_size):
     """The world that a run's configuration asks for."""
     if config.env_id in SCENES:
         return World(config.env_id, num_envs, image_size, config.looks, config.goal, config.reset_noise_scale)
-    return GymWorld(config.env_id, num_envs, image_size, config.rollout_steps)
+    return GymWorld(config.env_id, num_envs, image_size, config.rollout_steps, config.goal)
 
 
 # ------------------------------------------------------------------------------------ training: Algorithm 1 and its settings
@@ -688,8 +705,8 @@ FEWER = PAPER | dict(
     updates=400, batch_size=256, learning_starts=6_400, gamma=0.97, actor_tau=0.002, lr=3e-4, lr_decay=True, temperature=0.05,
     layer_norm=True, reward_std=0.3, reset_noise_scale=0.02)
 LESSON = dict(clip=str(TINY_CLIP), looks="plain", steps=256_000, replay=300_000, eval_every=12_800)
-# Balancing pays off late: with gamma 0.97 the cart still drifts to the end of the rail, with 0.99 it does not.
-CARTPOLE = dict(
+# The cart-pole and the mountain car. Balancing pays off late: with gamma 0.97 the cart still drifts to the end of the rail.
+CLASSIC = dict(
     steps=64_000, num_envs=16, rollout_steps=200, updates=300, batch_size=256, learning_starts=3_200, replay=100_000,
     gamma=0.99, tau=0.01, lr=1e-3, hidden=128, temperature=0.1, layer_norm=True, reward_std=0.3, reset_noise_scale=0.05,
     eval_every=9_600)
@@ -1019,12 +1036,14 @@ def view(folder):
 
 
 def labelled_states(task, seed=0):
-    """States qpos (n, nq) to judge reward models on, the same for everyone: for the cart-pole any position and angle; for the
-    humanoid noisy blends of standing and the posture of this task (300) and of all tasks (20 each), on the floor, then
-    as they settle without torques, and at last in a random rollout."""
+    """States (n, nq) to judge reward models on, the same for everyone: any position and angle of the cart-pole, any position of the
+    car; for the humanoid noisy blends of standing and the posture of this task (300) and of all tasks (20 each), on the floor,
+    then as they settle without torques, and at last in a random rollout."""
     rng = np.random.default_rng(seed)
-    if TASKS[task].env_id == "InvertedPendulum-v5":
+    if task == "cartpole":
         return rng.uniform((-1, -1.5), (1, 1.5), (1000, 2))
+    if task == "mountaincar":
+        return rng.uniform((-1.2, 0), (0.6, 0), (200, 2))
     names = [task] * 300 + [name for name in TASKS if TASKS[name].posture] * 20
     world, start, states = World("Humanoid-v5", len(names)), [], []
     stand = posture(world.model, **STAND)
@@ -1044,16 +1063,16 @@ def labelled_states(task, seed=0):
 
 def compare_models(config):
     """Figure 4 without training: EPIC distance and AUROC of every picture model, prompt and alpha on labelled_states."""
-    qpos = labelled_states(config.task)
-    world = World(config.env_id, len(qpos))
-    world.set_state(qpos)
+    states = labelled_states(config.task)
+    world = make_world(config, len(states), 64)
+    world.set_state(states)
     goal = config.goal(world)
-    print(f"{len(qpos)} states, {goal.mean():.0%} of them goal states of {config.task!r}, looks {config.looks!r}\n"
+    print(f"{len(states)} states, {goal.mean():.0%} of them goal states of {config.task!r}, looks {config.looks!r}\n"
           f"{'EPIC (AUROC) at alpha ' + ', '.join(map(str, ALPHAS)):<62} image tower, prompt")
     for clip in config.clip:
         reward = CLIPReward(config.prompt, config.baseline, clip=clip, device=config.device)
-        world = World(config.env_id, len(qpos), reward.image_size, config.looks)
-        world.set_state(qpos)
+        world = make_world(config, len(states), reward.image_size)
+        world.set_state(states)
         s, size = reward.embed(world.render()), sum(p.numel() for p in reward.parameters())
         for prompt, g in zip(config.prompt, reward.goals):
             rewards = (goal_baseline_reward(s, g, reward.baseline, alpha).cpu().numpy() for alpha in ALPHAS)
@@ -1061,24 +1080,29 @@ def compare_models(config):
 
 
 def landscape(config):
-    """Figure 2: the reward for each alpha against one joint, all else as in the task's posture: landscape.csv and .png."""
+    """Figure 2: the reward for each alpha against one joint (rad, or m for the cart), all else as in the task's posture, or against
+    the mountain car's position: landscape.csv and .png."""
     reward = CLIPReward(config.prompt, config.baseline, clip=config.clip, device=config.device)
-    world = World(config.env_id, 101, reward.image_size, config.looks)
-    joints = [world.model.joint(i).name for i in range(world.model.njnt) if world.model.jnt_limited[i]]
-    if config.landscape not in joints:
-        raise UsageError(f"--landscape {config.landscape}: no such joint in {config.env_id}; there are {', '.join(joints)}")
-    humanoid, joint = config.env_id == "Humanoid-v5", world.model.joint(config.landscape)
-    x = np.linspace(*joint.range, world.num_envs)                                                   # rad, or m for the cart
-    qpos = np.tile(posture(world.model, **TASKS[config.task].posture) if humanoid and config.task else world.model.qpos0, (len(x), 1))
-    qpos[:, joint.qposadr[0]] = x
-    if humanoid:
-        qpos[:, 2] = [on_floor(world.model, q) for q in qpos]
-    world.set_state(qpos)
+    world, name = make_world(config, 101, reward.image_size), config.landscape
+    if config.env_id in SCENES:
+        model = world.model
+        state = posture(model, **TASKS[config.task].posture) if config.task and TASKS[config.task].posture else model.qpos0
+        axes = {model.joint(i).name: (model.jnt_qposadr[i], *model.jnt_range[i]) for i in range(model.njnt) if model.jnt_limited[i]}
+    else:
+        state, axes = world.observe()[0], {"position": (0, -1.2, 0.6)}
+    if name not in axes:
+        raise UsageError(f"--landscape {name}: no such joint in {config.env_id}; there are {', '.join(axes)}")
+    column, low, high = axes[name]
+    x, states = np.linspace(low, high, world.num_envs), np.tile(state, (world.num_envs, 1))
+    states[:, column] = x
+    if config.env_id == "Humanoid-v5":
+        states[:, 2] = [on_floor(model, qpos) for qpos in states]
+    world.set_state(states)
     s = reward.embed(world.render())
     curves = {f"alpha {alpha}": goal_baseline_reward(s, reward.goal, reward.baseline, alpha).tolist() for alpha in ALPHAS}
-    folder = new_folder(config, config.landscape)
-    np.savetxt(folder / "landscape.csv", np.column_stack([x, *curves.values()]), "%.6g", ",", header=",".join([config.landscape, *curves]), comments="")
-    plot(folder / "landscape.png", config.landscape, x, curves)
+    folder = new_folder(config, name)
+    np.savetxt(folder / "landscape.csv", np.column_stack([x, *curves.values()]), "%.6g", ",", header=",".join([name, *curves]), comments="")
+    plot(folder / "landscape.png", name, x, curves)
     print(f"wrote {folder}/landscape.csv and landscape.png; highest reward: "
           + ", ".join(f"{name} at {x[np.argmax(values)]:.2f}" for name, values in curves.items()))
 
@@ -1102,8 +1126,8 @@ def read_config(folder):
 
 # ---------------------------------------------------------------------------------------------------------- the command line
 
-def parse(argv):
-    """The run's configuration: the paper's settings or the lesson's, then what was asked for explicitly."""
+def flags():
+    """The command line's parser; None where nothing was asked for."""
     p = argparse.ArgumentParser(description="Train a policy on the CLIP reward of a sentence.")
     p.add_argument("--prompt", nargs="+", help='the goal, for example "a humanoid robot kneeling"')
     p.add_argument("--task", choices=TASKS, metavar="TASK", help=f"the goal by name: {', '.join(TASKS)}")
@@ -1125,16 +1149,27 @@ def parse(argv):
     p.add_argument("--resume", metavar="RUN", type=Path, help="go on with the run in this folder, to the bit as if it had not been interrupted")
     p.add_argument("--out", help="the run's folder (default: runs/<prompt>)")
     p.error = sac.usage_error
-    args = p.parse_args(argv)
+    return p
+
+
+def parse(argv):
+    """The run's configuration: what was asked for explicitly, and beyond that the settings that suit it."""
+    args = flags().parse_args(argv)
     if not 1 <= args.episodes <= 100_000:
         raise UsageError(f"--episodes must be at least 1 and at most 100,000, not {args.episodes}")
     modes = [flag for flag in ("eval", "landscape", "resume", "view") if getattr(args, flag) is not None]
     if len(modes) > 1:
         raise UsageError(f"--{' and --'.join(modes)} exclude each other: give one of them")
-    if args.resume and any(value != p.get_default(flag) for flag, value in vars(args).items() if flag != "resume"):
+    if args.resume and any(value != flags().get_default(flag) for flag, value in vars(args).items() if flag != "resume"):
         raise UsageError("--resume goes on with a run as it was begun: give it without other flags")
-    if args.eval or args.resume or args.view:
-        return args
+    if not (args.eval or args.resume or args.view):
+        choose_goal(args)
+        choose_settings(args)
+    return args
+
+
+def choose_goal(args):
+    """What is to be learned where: prompt, baseline, world and criterion, by the task's name or by its prompt."""
     if args.prompt is None and args.task is None:
         raise UsageError('say what to learn: --prompt "a humanoid robot kneeling" or --task kneeling')
     args.task = args.task or next((name for name, task in TASKS.items() if task.prompt in args.prompt), None)
@@ -1142,13 +1177,21 @@ def parse(argv):
     args.prompt = args.prompt or [named.prompt]
     args.env_id = args.env_id or named.env_id
     if args.env_id not in SCENES:
-        if args.looks or args.landscape:
+        if args.looks or args.landscape and args.env_id != TASKS["mountaincar"].env_id:
             raise UsageError(f"--{'looks' if args.looks else 'landscape'} is for --env-id {' and '.join(SCENES)}; Gymnasium draws {args.env_id}")
-        if args.alpha > 0 and args.baseline is None:
+        if args.alpha > 0 and args.baseline is None and args.task is None:
             raise UsageError(f"with alpha > 0 say what a picture of {args.env_id} shows anyway: --baseline \"a one-legged robot\"")
         args.looks = "Gymnasium's own"
     args.baseline = named.baseline if args.baseline is None else args.baseline
     args.goal = named.goal if args.env_id == named.env_id else None
+    if args.eval is not None and args.goal is None:
+        raise UsageError(f"--eval needs a criterion to judge rewards by: add --task {', --task '.join(TASKS)}")
+    if args.reward == "truth" and args.goal is None:
+        raise UsageError(f"--reward truth needs a task with a criterion: --task {', --task '.join(TASKS)}")
+
+
+def choose_settings(args):
+    """Device, picture model and learning settings: the paper's or those for fewer transitions, or the lesson's without CUDA."""
     args.rank, local_rank, args.processes = (int(os.environ.get(name, i)) for name, i in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     args.device = "cpu"
     if torch.cuda.is_available():
@@ -1159,8 +1202,8 @@ def parse(argv):
     args.clip = [str(TINY_CLIP) if clip == "tiny_clip" else clip for clip in args.clip or ()]
     lesson = str(TINY_CLIP) in args.clip or not args.clip and args.device == "cpu"
     settings = (PAPER if args.paper else FEWER) | (LESSON if lesson else {})
-    if args.env_id == "InvertedPendulum-v5" and not args.paper:
-        settings |= CARTPOLE
+    if args.env_id in (TASKS["cartpole"].env_id, TASKS["mountaincar"].env_id) and not args.paper:
+        settings |= CLASSIC
     args.clip = args.clip or [settings["clip"]]
     for name, value in settings.items():
         if getattr(args, name, None) is None:
@@ -1169,19 +1212,13 @@ def parse(argv):
         if len(args.prompt) > 1 or len(args.clip) > 1:
             raise UsageError("several --prompt or --clip are for comparing them: --eval without a run's folder. Train with one of each")
         args.prompt, args.clip = args.prompt[0], args.clip[0]
-    elif args.goal is None:
-        raise UsageError(f"--eval needs a criterion to judge rewards by: add --task {', --task '.join(TASKS)}")
     if lesson and args.rank == 0 and args.eval is None and args.landscape is None:
         print("lesson: tiny_clip and settings that end in minutes. The paper's run needs a CUDA GPU: --clip " + PAPER["clip"])
-    for flag, most in (("steps", 10 ** 10), ("num_envs", 4096), ("seed", 2 ** 31)):
-        if not (flag != "seed") <= getattr(args, flag) <= most:
-            raise UsageError(f"--{flag.replace('_', '-')} must be {'at least 1' if flag != 'seed' else 'at least 0'} and at most {most:,}, not {getattr(args, flag)}")
+    for flag, least, most in (("steps", 1, 10 ** 10), ("num_envs", 1, 4096), ("seed", 0, 2 ** 31)):
+        if not least <= getattr(args, flag) <= most:
+            raise UsageError(f"--{flag.replace('_', '-')} must be at least {least} and at most {most:,}, not {getattr(args, flag)}")
     if args.num_envs % args.processes:
         raise UsageError(f"--num-envs {args.num_envs} does not divide among {args.processes} processes: take a multiple of {args.processes}")
-    if args.reward == "truth" and args.goal is None:
-        have = ", ".join(name for name, task in TASKS.items() if task.goal)
-        raise UsageError(f"--reward truth needs a task with a criterion: --task {have}")
-    return args
 
 
 def main(argv=None):
