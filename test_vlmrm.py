@@ -3,6 +3,7 @@ import csv
 import json
 import math
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import mujoco
@@ -340,6 +342,25 @@ def test_any_other_task_equals_gymnasiums_without_reward_and_end(egl):
     assert np.array_equal(world.observe(), first)
 
 
+def test_mountain_car_stands_where_it_is_put_and_is_judged_there():
+    pytest.importorskip("pygame", reason="Gymnasium draws the mountain car with pygame")
+    world, theirs = (vlmrm.make_world(vlmrm.parse(["--task", "mountaincar"]), 3, 64), gym.make("MountainCarContinuous-v0", render_mode="rgb_array"))
+    theirs.reset(seed=0)
+    theirs.unwrapped.state = np.array([0.44, 0.02])
+    world.set_state([(-0.5, 0), (0.44, 0.02), (0.44, 0.02)])
+    assert TASKS["mountaincar"].goal(world).tolist() == [False, False, False] and np.array_equal(world.render()[1], theirs.render())
+    assert not np.array_equal(world.render()[0], world.render()[1])
+    obs, reward, terminated, _, _ = world.step(np.array([[1], [1], [1]]))
+    assert reward.tolist() == [0, 1, 1] and np.array_equal(obs[1], theirs.step(np.array([1]))[0]) and not terminated.any()
+
+
+def test_without_pygame_it_says_how_to_get_it(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "pygame", None)
+    with pytest.raises(UsageError, match="pip install .*classic.control"):
+        vlmrm.main(["--task", "mountaincar", "--out", str(tmp_path / "run")])
+    assert not list(tmp_path.iterdir())
+
+
 def test_discrete_actions_are_the_largest_of_continuous_ones():
     world, theirs = vlmrm.GymWorld("CartPole-v1", 2, 48, 20), gym.make("CartPole-v1")
     world.reset(seed=0), theirs.reset(seed=0)
@@ -362,7 +383,7 @@ def test_another_task_trains_end_to_end(egl, tmp_path, monkeypatch, capsys):
 
 def test_view_shows_the_policys_states(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(vlmrm.CARTPOLE, "updates", 1)
+    monkeypatch.setitem(vlmrm.CLASSIC, "updates", 1)
     monkeypatch.setattr(vlmrm, "TEST_EPISODES", 1)
     vlmrm.main(["--task", "cartpole", "--steps", "400", "--num-envs", "1", "--out", "cart"])
     seen = []
@@ -413,6 +434,12 @@ def test_logp_stays_finite_where_tanh_saturates():
         actor.net[-1].bias.copy_(torch.tensor([30.0, -1.0]))  # mean 30: tanh is 1 in float32
     action, logp = actor.sample(torch.zeros(4, 2))
     assert (action == 1).all() and torch.isfinite(logp).all() and (logp > 50).all()
+
+
+def test_faster_products_keep_the_precision_of_float32():
+    sac.use_onednn()
+    x, y = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close((x @ y).double(), x.double() @ y.double(), atol=2e-4, rtol=0)  # bfloat16 would be off by 0.1
 
 
 def test_q_target_by_hand_for_a_terminated_and_a_truncated_transition():
@@ -679,7 +706,7 @@ def test_no_opengl_says_what_to_install(tmp_path):
 
 def test_training_end_to_end_and_a_second_run_beside_the_first(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for overrides in (vlmrm.LESSON, vlmrm.CARTPOLE):
+    for overrides in (vlmrm.LESSON, vlmrm.CLASSIC):
         monkeypatch.setitem(overrides, "updates", 4)
     monkeypatch.setattr(vlmrm, "TEST_EPISODES", 2)
     vlmrm.main(["--prompt", "a humanoid robot kneeling", "--steps", "800", "--num-envs", "2"])
@@ -711,7 +738,7 @@ def test_epic_and_auroc_against_closed_forms_and_counting():
 
 def test_eval_of_a_run_prints_a_table_and_writes_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(vlmrm.CARTPOLE, "updates", 2)
+    monkeypatch.setitem(vlmrm.CLASSIC, "updates", 2)
     monkeypatch.setattr(vlmrm, "TEST_EPISODES", 2)
     vlmrm.main(["--task", "cartpole", "--steps", "800", "--num-envs", "2", "--out", "cart"])
     vlmrm.main(["--eval", "cart", "--episodes", "3"])
@@ -727,10 +754,10 @@ def test_eval_of_a_run_prints_a_table_and_writes_it(tmp_path, monkeypatch, capsy
 
 @pytest.mark.parametrize("task", TASKS)
 def test_labelled_states_are_the_same_for_everyone_and_of_both_kinds(task):
-    qpos = vlmrm.labelled_states(task)
-    np.testing.assert_array_equal(qpos, vlmrm.labelled_states(task))
-    world = World(TASKS[task].env_id, len(qpos))
-    world.set_state(qpos)
+    states = vlmrm.labelled_states(task)
+    np.testing.assert_array_equal(states, vlmrm.labelled_states(task))
+    world = vlmrm.make_world(vlmrm.parse(["--task", task]), len(states), 64)
+    world.set_state(states)
     assert 0.05 < TASKS[task].goal(world).mean() < 0.7
 
 
@@ -789,6 +816,39 @@ def test_training_labels_with_the_picture_of_the_state_that_was_reached():
     torch.testing.assert_close(replay.data.reward[:400], reward(check.render()), atol=0.02, rtol=0)
 
 
+README = (HERE / "README.md").read_text()
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"(?<!mj)python ((?:vlmrm|sac)\.py [^`\n]*)", README))))
+def test_every_command_of_the_readme_runs_in_short(command, tmp_path, monkeypatch, egl):
+    monkeypatch.chdir(tmp_path)
+    for name, scene in vlmrm.SCENES.items():
+        monkeypatch.setitem(vlmrm.SCENES, name, scene._replace(episode_length=10))
+    for settings in (vlmrm.PAPER, vlmrm.FEWER, vlmrm.CLASSIC):
+        monkeypatch.setitem(settings, "rollout_steps", 10)
+        monkeypatch.setitem(settings, "updates", 1)
+    monkeypatch.setattr(vlmrm, "TEST_EPISODES", 1)
+    monkeypatch.setattr("mujoco.viewer.launch_passive", lambda model, data: SimpleNamespace(is_running=lambda: False))
+    shutil.copytree(TINY_CLIP, "tiny_clip")
+    for width in (8, 12):
+        shutil.copytree(TINY_CLIP, f"tiny_clip/width-{width}", ignore=shutil.ignore_patterns("width-*"), dirs_exist_ok=True)
+    short = ["--steps", "40", "--num-envs", "2"]
+    if "runs/" in command:
+        vlmrm.main(["--task", "kneeling", "--out", "runs/example", *short])
+    program, *argv = shlex.split(command.replace("<prompt>", "example").replace("NAME", "kneeling"))
+    if program == "sac.py":
+        return sac.main([*argv, "--steps", "300"])
+    if "--help" in argv:
+        with pytest.raises(SystemExit) as stop:
+            vlmrm.main(argv)
+        return stop.value.code == 0 or pytest.fail("--help")
+    training = not {"--eval", "--landscape", "--view", "--resume"} & set(argv)
+    vlmrm.main([*argv, *short] if training else argv)
+    if training:
+        folder, = Path("runs").iterdir()
+        assert float(list(csv.DictReader(open(folder / "progress.csv")))[-1]["loss_q"]) > 0
+
+
 def test_torchrun_trains_together_and_writes_one_folder(tmp_path):
     argv = "-m torch.distributed.run --nproc-per-node 2".split()
     process = run(*argv, HERE / "vlmrm.py", "--task", "cartpole", "--num-envs", "4", "--steps", "800", cwd=tmp_path)
@@ -801,7 +861,7 @@ def test_torchrun_trains_together_and_writes_one_folder(tmp_path):
 
 def test_same_seed_same_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(vlmrm.CARTPOLE, "updates", 4)
+    monkeypatch.setitem(vlmrm.CLASSIC, "updates", 4)
     monkeypatch.setattr(vlmrm, "TEST_EPISODES", 2)
     for out in ("a", "b"):
         vlmrm.main(["--task", "cartpole", "--steps", "800", "--num-envs", "2", "--out", out])
