@@ -62,11 +62,12 @@ class Sized(gym.Env):
 
 
 def sac_updates(rounds, hidden, batch_size, n=50):
-    """Gradient updates of ours and of stable-baselines3: same networks, batch size and threads."""
+    """Gradient updates of ours and of stable-baselines3, as it comes and with our matrix products: same networks, batch size, threads."""
     agent, replay = sac.SAC(45, 17, hidden=hidden, device=DEVICE), sac.Replay(20_000, 45, 17, DEVICE)
     replay.add(torch.randn(20_000, 45), torch.rand(20_000, 17) * 2 - 1, torch.randn(20_000), torch.randn(20_000, 45), torch.zeros(20_000))
 
     def ours():
+        sac.use_onednn()
         for _ in range(n):
             agent.update(replay.sample(batch_size))
         return n
@@ -79,7 +80,13 @@ def sac_updates(rounds, hidden, batch_size, n=50):
         for _ in range(2_000):
             model.replay_buffer.add(*np.random.standard_normal((2, 1, 45)), np.random.uniform(-1, 1, (1, 17)),
                                     np.zeros(1), np.zeros(1), [{}])
-        ways["stable-baselines3"] = lambda: model.train(n, batch_size) or n
+
+        def theirs(products):
+            products()
+            model.train(n, batch_size)
+            return n
+        torchs_own = lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "none")
+        ways |= {"stable-baselines3, oneDNN": lambda: theirs(sac.use_onednn), "stable-baselines3": lambda: theirs(torchs_own)}
     except ImportError:
         print("stable-baselines3 is not installed: its SAC row is left out")
     compare(f"(a) SAC, {hidden} hidden units, batch {batch_size}", "updates/s", rounds, **ways)
