@@ -155,9 +155,8 @@ class SAC(nn.Module):
             self.register_buffer(f"{name}_mean", torch.zeros(shape))
             self.register_buffer(f"{name}_std", torch.ones(shape))
         self.to(device)
-        adam = lambda parameters: torch.optim.Adam(parameters, lr=lr, fused=True, capturable=torch.device(device).type == "cuda")
-        self.actor_opt, self.critic_opt = adam(self.actor.parameters()), adam(self.critic.parameters())
-        self.temperature_opt = adam([self.log_temperature])
+        adam = lambda *parameters: torch.optim.Adam(parameters, lr=lr, fused=True, capturable=True)  # on CUDA: into a graph
+        self.actor_opt, self.critic_opt = adam(*self.actor.parameters(), self.log_temperature), adam(*self.critic.parameters())
 
     def fit_scales(self, batch, reward_std):
         """Take the fixed affine maps from `batch`: observations to mean 0 and deviation 1, rewards to 0 and `reward_std`."""
@@ -208,13 +207,10 @@ class SAC(nn.Module):
         loss = (self.log_temperature.exp().detach() * logp - self.critic(batch.obs, action).amin(0)).mean()
         self.actor_opt.zero_grad()
         loss.backward(inputs=list(self.actor.parameters()))  # the critic's own gradients are not needed here
-        average_gradients(*self.actor.parameters())
-        self.actor_opt.step()
         entropy = -logp.detach().mean()
-        self.temperature_opt.zero_grad()
         (self.log_temperature * (entropy - self.target_entropy)).backward()
-        average_gradients(self.log_temperature)
-        self.temperature_opt.step()
+        average_gradients(*self.actor.parameters(), self.log_temperature)
+        self.actor_opt.step()
         return {"loss_pi": loss.detach(), "entropy": entropy, "temperature": self.log_temperature.detach().exp()}
 
     def update(self, batch):
@@ -245,8 +241,8 @@ def to_env(env, action):
 def rollout(env, obs, policy, num_steps, label=None, seconds=None):
     """Step `env` (a VectorEnv without autoreset) `num_steps` times with `policy`: obs (N, O) -> action (N, A) in [-1, 1].
 
-    Returns the transitions as arrays (num_steps, N, ...); a list of what `label` made of the pictures of every s2, uint8
-    (N, H, W, 3) (without it nothing is drawn); and the observation to go on from. Pictures are labelled as soon as they
+    Returns the transitions as arrays (num_steps, N, ...); for each step label(pictures of its s2), pictures uint8
+    (N, H, W, 3) (without `label` nothing is drawn); and the observation to go on from. Pictures are labelled as soon as they
     are drawn, so that a GPU encodes them while the CPU simulates and draws the next. Finished episodes are reset here,
     after their last observation and their last picture were taken.
     """
@@ -293,18 +289,18 @@ def update_many(agent, replay, batch_size, n):
 
 def train(env, agent, replay, total_steps, *, rollout_steps, updates, batch_size, learning_starts, label=None,
           reward_std=None, lr_decay=False, seed=0, remember=None, resume=None):
-    """Algorithm 1 of the paper, as a generator that yields a dict after every iteration: `step`; `reward` (what the agent
-    learns from) and `truth` (the environment's own), both (rollout_steps, N); `policy`, which collected them; the metrics of
-    the last update; and `seconds`, the time spent in each part so far.
+    """Algorithm 1 of the paper, as a generator that yields a dict after every iteration: `step`; `block`, its transitions;
+    `reward` (what the agent learns from) and `truth` (the environment's own), both (rollout_steps, N); `policy`, which
+    collected them after `learning_starts`; the metrics of the last update; and `seconds`, the time spent in each part so far.
 
     `label` maps pictures, uint8 (N, H, W, 3), to their rewards (N,); without it the environment's own reward is used and
     this is plain SAC. Until `learning_starts` transitions are collected actions are uniform; if `reward_std` is given, that
     phase fixes the scales of observations and rewards (`SAC.fit_scales`). `lr_decay` lets the learning rate fall linearly
     to a tenth, which calms the policy towards the end.
 
-    `remember` is called with a dict after every replay.add. Between two of these calls the replay does not change, so with
-    agent, env and random states as they were then, and that dict as `resume`, training continues to the bit: it begins with
-    that iteration's updates. Raises RunError as soon as an observation, a reward or a loss is not finite.
+    `remember` is called with a dict before every replay.add, which changes only the rows that it would write again. So with
+    agent, env, replay and random states as they were then, and that dict as `resume`, training continues to the bit: it begins
+    with that replay.add. Raises RunError as soon as an observation, a reward or a loss is not finite.
     """
     use_onednn()
     size, seconds = (env.num_envs, env.single_action_space.shape[0]), Counter()
@@ -318,17 +314,17 @@ def train(env, agent, replay, total_steps, *, rollout_steps, updates, batch_size
             with timed(seconds, "CLIP"):
                 reward = torch.cat(labels) if label else torch.as_tensor(block.reward).flatten()  # (num_steps * N,)
                 rewards = reward.view(block.reward.shape).cpu().numpy()  # here the CPU waits for the GPU, once per iteration
-            now = {"step": now["step"] + len(reward), "obs": obs, "reward": rewards, "truth": block.reward}
-            check_finite(now["step"] - len(reward), observation=block.next_obs, reward=rewards)
-            replay.add(block.obs.reshape(len(reward), -1), block.action.reshape(len(reward), -1), reward,
-                       block.next_obs.reshape(len(reward), -1), block.terminated.flatten())
+            check_finite(now["step"], observation=block.next_obs, reward=rewards)
+            rows = Transitions(*(torch.as_tensor(x).flatten(0, 1) for x in block))._replace(reward=reward)  # (num_steps * N, ...)
+            now = {"step": now["step"] + len(reward), "obs": obs, "block": rows, "reward": rewards, "truth": block.reward}
             if remember:
                 remember(now)
+        replay.add(*now["block"])
         step, resume = now["step"], None
         with timed(seconds, "SAC"):
             if step - now["reward"].size < learning_starts <= step and reward_std:
                 agent.fit_scales(Transitions(*(store[:replay.size] for store in replay.data)), reward_std)
-            for optimizer in (agent.actor_opt, agent.critic_opt, agent.temperature_opt) if lr_decay else ():
+            for optimizer in (agent.actor_opt, agent.critic_opt) if lr_decay else ():
                 optimizer.param_groups[0]["lr"] = agent.lr * (1 - 0.9 * step / total_steps)
             metrics = update_many(agent, replay, batch_size, updates) if step >= learning_starts else {}
         if not all(map(math.isfinite, metrics.values())):

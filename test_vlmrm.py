@@ -77,7 +77,7 @@ def random_pictures(n, height, width, seed=0):
 
 
 @pytest.mark.parametrize("size", [(64, 64), (224, 224), (48, 48), (120, 161)])
-@pytest.mark.parametrize("config", [{}, dict(mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5], resize_mode="squash", interpolation="bilinear"),
+@pytest.mark.parametrize("config", [dict(resize_mode="shortest"), dict(mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5], resize_mode="squash", interpolation="bilinear"),
                                     dict(mean=[0.1, 0.2, 0.3], std=[0.3, 0.2, 0.1], resize_mode="longest")])
 def test_preprocessing_equals_open_clips_own(tmp_path, config, size):
     folder = clip_folder(tmp_path / "clip", **config)
@@ -636,6 +636,9 @@ def test_sac_learns_to_hold_the_pole_longer():
     (["--prompt", "x", "--env-id", "Hopper-v5", "--looks", "plain"], "Gymnasium draws Hopper-v5"),
     (["--prompt", "x", "--env-id", "Hopper-v5", "--landscape", "foot_joint"], "--landscape is for"),
     (["--prompt", "x", "--env-id", "Hopper-v5", "--alpha", "0.5"], "--baseline"),
+    (["--prompt", "a cart", "--env-id", "InvertedPendulum-v5", "--alpha", "0.5"], "--baseline"),
+    (["--prompt", "A humanoid robot", "--alpha", "1"], "must differ"),
+    (["--eval", "{tmp}/old", "--alpha", "0.5"], "without other flags"),
     (["--view", "{tmp}/missing"], "is not a run's folder"),
     (["--view", "{tmp}/old", "--eval", "{tmp}/old"], "exclude each other"),
     (["--task", "kneeling", "--lr", "3"], "unrecognized arguments: --lr 3"),
@@ -795,6 +798,7 @@ def test_landscape_is_the_reward_along_a_joint(tmp_path, monkeypatch):
     (["--paper", "--clip", "ViT-bigG-14/laion2b_s39b_b160k"], dict(looks="paper", steps=10_000_000, num_envs=32, reset_noise_scale=0.01)),
     (["--clip", "ViT-B-32/laion2b_s34b_b79k", "--steps", "5"], dict(looks="paper", steps=5, updates=400)),
     (["--env-id", "InvertedPendulum-v5", "--steps", "7"], dict(num_envs=16, gamma=0.99, steps=7)),
+    (["--task", "cartpole", "--paper"], dict(rollout_steps=200, gamma=0.95, num_envs=32)),
 ])
 def test_settings_follow_from_the_flags(argv, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -936,6 +940,25 @@ def test_interrupted_between_any_two_updates_it_goes_on_to_the_bit(moment, tmp_p
     assert_same(outcome(stopped), outcome(whole))
 
 
+def test_interrupted_while_a_full_replay_overwrites_its_oldest_rows_it_goes_on_to_the_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(vlmrm, "TEST_EPISODES", 2)
+    whole, stopped = small_run(tmp_path / "whole"), small_run(tmp_path / "stopped")
+    vlmrm.main(["--resume", str(whole)])
+    add, count = sac.Replay.add, 0
+
+    def interrupted(*args):
+        nonlocal count
+        count += 1
+        add(*args)
+        if count == 6:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(sac.Replay, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        vlmrm.main(["--resume", str(stopped)])
+    vlmrm.main(["--resume", str(stopped)])
+    assert_same(outcome(stopped), outcome(whole))
+
+
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch, capsys):
     path = tmp_path / "last.pt"
     vlmrm.save(path, {"step": 1})
@@ -955,8 +978,8 @@ class Malice:
 
 @pytest.mark.parametrize("content, message", [
     (b"", "damaged"), (b"PK", "damaged"), (None, "damaged"), ({"format": 0}, "format 0"), ({"step": 3}, "KeyError"), ([1], "TypeError"),
-    ({"format": 1, "agent": Malice()}, "damaged"), ({"format": 1, "agent": {}}, "does not fit"), ({"format": 1}, "does not fit"),
-    ({"format": 1, "agent": {"log_temperature": torch.zeros(3)}}, "does not fit"),
+    ({"format": 2, "agent": Malice()}, "damaged"), ({"format": 2, "agent": {}}, "does not fit"), ({"format": 2}, "does not fit"),
+    ({"format": 2, "agent": {"log_temperature": torch.zeros(3)}}, "does not fit"),
 ])
 def test_files_from_others_are_refused_and_run_nothing(content, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -964,7 +987,7 @@ def test_files_from_others_are_refused_and_run_nothing(content, message, tmp_pat
     if isinstance(content, (dict, list)):
         torch.save(content, folder / "last.pt")
     else:
-        torch.save({"format": 1, "agent": torch.zeros(1000)}, folder / "last.pt")
+        torch.save({"format": 2, "agent": torch.zeros(1000)}, folder / "last.pt")
         (folder / "last.pt").write_bytes((folder / "last.pt").read_bytes()[:2000] if content is None else content)  # None: truncated
     with pytest.raises(UsageError, match=message):
         vlmrm.main(["--resume", str(folder)])

@@ -23,7 +23,6 @@ import bisect
 import copy
 import csv
 import difflib
-import importlib
 import json
 import logging
 import os
@@ -32,7 +31,9 @@ import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Callable, NamedTuple
 
 import gymnasium as gym
@@ -63,7 +64,7 @@ TINY_CLIP = Path(__file__).resolve().parent / "tiny_clip"
 # ------------------------------------------------------------------------------------------------- the reward (section 3)
 
 def goal_baseline_reward(s, g, b, alpha):
-    """Eq. 3 for state embeddings s (N, D), goal g (D,) and baseline b (D,), all of unit length -> rewards (N,).
+    """Eq. 3 for state embeddings s (N, D) of unit length, goal g (D,) and baseline b (D,) -> rewards (N,).
 
     The projection proj_L(s) = g + u (u.(s - g)), with u the unit vector along g - b, keeps the part of s - g along u and
     drops the rest, so that alpha only shrinks the rest: one dot product, no (D, D) matrix. alpha in [0, 1]; 0 is the cosine.
@@ -93,8 +94,6 @@ class CLIPReward(nn.Module):
             raise UsageError("the prompt is empty: describe the goal, for example --prompt \"a humanoid robot kneeling\"")
         if not 0 <= alpha <= 1:
             raise UsageError(f"alpha is {alpha}: give a number from 0 (the cosine) to 1 (only the direction from baseline to goal)")
-        if alpha > 0 and sorted(prompts) == sorted(baselines):
-            raise UsageError("with alpha > 0 the baseline must differ from the prompt: change --baseline or use --alpha 0")
         model, tokenizer = load_clip(clip, random_weights)
         warn_of_unknown_words(clip, prompts + baselines)
         warn_of_cut_words(tokenizer, prompts + baselines)
@@ -104,32 +103,29 @@ class CLIPReward(nn.Module):
                 embeddings = normalize(model.encode_text(tokenizer(texts)).float(), dim=-1).to(device)  # (texts, D)
             self.register_buffer(f"{name}s", embeddings)
             self.register_buffer(name, embeddings.mean(0))                                          # (D,)
-        # float16 keeps eight times more digits than bfloat16, and all that a policy sees may be a spread of 0.03.
+        if alpha > 0 and torch.allclose(self.goal, self.baseline, atol=1e-5):
+            raise UsageError("with alpha > 0 the baseline must differ from the prompt: change --baseline or use --alpha 0")
+        # float16 errs eight times less than bfloat16, and all that a policy sees may be a spread of 0.03.
         self.half_precision = torch.device(device).type == "cuda"
         self.visual = model.visual.to(device, torch.float16 if self.half_precision else torch.float32)
         self.visual.eval().requires_grad_(False)
+        self.visual.output_tokens = False  # CoCa's towers would return more than the embedding
         self.config = open_clip.transform.PreprocessCfg(**model.visual.preprocess_cfg)
-        size = self.config.size
-        self.size = (size, size) if isinstance(size, int) else tuple(size)                          # height, width
-        self.image_size = max(self.size)
+        self.image_size = int(np.max(self.config.size))
+        # The last three steps, for single PIL pictures, are done below for all at once.
+        *self.resizing, _, _, _ = open_clip.transform.image_transform_v2(self.config, is_train=False).transforms
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(getattr(self.config, name), device=device).view(3, 1, 1))
 
     def preprocess(self, frames):
         """The model's own open_clip preprocessing, on the device: uint8 (N, H, W, 3) -> float (N, 3, h, w)."""
         x = frames.permute(0, 3, 1, 2)                                                              # (N, 3, H, W)
-        if x.shape[-2:] != self.size:
-            interpolation = TF.InterpolationMode(self.config.interpolation)
-            ratios = [target / source for target, source in zip(self.size, x.shape[-2:])]
-            if self.config.resize_mode == "squash":
-                size = list(self.size)
+        for step in self.resizing:
+            if isinstance(step, open_clip.transform.ResizeKeepRatio):  # it asks a PIL picture for width and height
+                size = step.get_params(SimpleNamespace(size=x.shape[:-3:-1]), step.size, step.longest)
+                x = TF.resize(x, size, step.interpolation)
             else:
-                ratio = max(ratios) if self.config.resize_mode == "shortest" else min(ratios)
-                # open_clip truncates the longer side of "shortest" (torchvision) and rounds that of "longest".
-                to_int = int if self.config.resize_mode == "shortest" else round
-                size = [to_int(side * ratio + 1e-6) for side in x.shape[-2:]]
-            x = TF.resize(x, size, interpolation, antialias=True)
-            x = TF.center_crop(x, self.size)                                                        # crops, or pads with black
+                x = step(x)
         return (x.float() / 255 - self.mean) / self.std                                                       # (N, 3, h, w)
 
     @torch.no_grad()
@@ -493,11 +489,11 @@ class World(gym.vector.VectorEnv):
 
     def render(self):
         """Pictures of the current states, uint8 (num_envs, image_size, image_size, 3). Physics is not touched."""
-        if not self.painter:
-            self.thread = ThreadPoolExecutor(1)  # the OpenGL context belongs to it, and waiting for a thread can end
-            self.painter = self.thread.submit(Painter, self.xml, self.scene, self.looks, self.image_size).result()
         try:
-            return self.thread.submit(self.painter.paint, self.qpos).result(PATIENCE)
+            if not self.painter:
+                self.thread = ThreadPoolExecutor(1)  # the OpenGL context belongs to it, and waiting for a thread can end
+                self.painter = self.thread.submit(Painter, self.xml, self.scene, self.looks, self.image_size).result(PATIENCE)
+            return self.thread.submit(self.painter.paint, self.qpos).result(PATIENCE + self.num_envs)
         except TimeoutError:
             raise RunError(f"the renderer has not answered for {PATIENCE} s. Known causes: too many processes that draw on one GPU (start "
                            "fewer), a driver without EGL (NVIDIA_DRIVER_CAPABILITIES=all), CUDA and EGL on different GPUs "
@@ -563,7 +559,7 @@ def dress(spec, looks):
         light.pos, light.dir, light.specular = (0, 0, 4), (0, 0, -1), (0.3, 0.3, 0.3)
 
 
-PATIENCE = 60  # seconds until a renderer that does not answer counts as hanging
+PATIENCE = 60  # seconds, and one more per picture, until a renderer that does not answer counts as hanging
 
 
 class Painter:
@@ -719,8 +715,7 @@ def evaluate(world, policy, label, seed):
     An episode is a success when the criterion holds in at least half of its steps (section 4.3).
     """
     obs, _ = world.reset(seed=seed)
-    act = lambda obs: policy.act(obs, deterministic=True)
-    block, labels, _ = sac.rollout(world, obs, act, world.episode_length, label)
+    block, labels, _ = sac.rollout(world, obs, partial(policy.act, deterministic=True), world.episode_length, label)
     rewards = torch.stack(labels).cpu().numpy() if label else block.reward                          # (T, num_envs)
     return rewards.sum(0), block.reward.mean(0) >= 0.5
 
@@ -731,15 +726,15 @@ def film(policy, config, label, folder, size=192, pictures=10):
     world, large = (make_world(config, 1, pixels) for pixels in (label.image_size, size))
     images = []
 
-    def look(pictures):
-        drawn = pictures[0]
+    def look(frames):
+        drawn = frames[0]
         if config.env_id in SCENES:  # the same state, drawn for people
             large.set_state(world.qpos)
             drawn = large.render()[0]
         images.append(Image.fromarray(drawn).resize((size * drawn.shape[1] // drawn.shape[0], size)))
-        return label(pictures)
+        return label(frames)
     obs, _ = world.reset(seed=config.seed)
-    block, rewards, _ = sac.rollout(world, obs, lambda obs: policy.act(obs, deterministic=True), world.episode_length, look)
+    block, rewards, _ = sac.rollout(world, obs, partial(policy.act, deterministic=True), world.episode_length, look)
     every = len(images) // pictures
     Image.fromarray(np.concatenate(images[every - 1::every], axis=1)).save(folder / "film.png")
     rewards = torch.cat(rewards).tolist()
@@ -775,6 +770,9 @@ def plot(path, x_name, x, curves, width=640, height=240):
     image.save(path)
 
 
+SAVED = ("prompt", "task", "baseline", "alpha", "env_id", "reward", "seed", *PAPER)  # what config.json holds
+
+
 def new_folder(config, name=""):
     """runs/<slug of prompt and name>, with a suffix if that exists; --out is taken as it is and must not exist. With config.json."""
     slug = re.sub(r"\W+", "-", f"{config.prompt} {name}".lower()).strip("-")[:60].strip("-") or "run"
@@ -785,8 +783,7 @@ def new_folder(config, name=""):
     for folder in names:
         try:
             folder.mkdir(parents=True)
-            settings = {k: v for k, v in vars(config).items() if k not in ("goal", "eval", "landscape", "resume", "view", "device", "rank", "processes")}
-            (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+            (folder / "config.json").write_text(json.dumps({name: getattr(config, name) for name in SAVED}, indent=2) + "\n")
             return folder
         except FileExistsError:
             continue
@@ -794,7 +791,7 @@ def new_folder(config, name=""):
             raise UsageError(f"cannot make the folder {folder}: {error.strerror}. Name another with --out") from None
 
 
-FORMAT = 1  # of checkpoints
+FORMAT = 2  # of checkpoints
 
 
 def save(path, content):
@@ -830,13 +827,14 @@ def load(path, put):
         raise UsageError(f"{path} does not fit the run's config.json: it is of another task or of other sizes") from None
 
 
-OPTIMIZERS = "actor_opt", "critic_opt", "temperature_opt"
+OPTIMIZERS = "actor_opt", "critic_opt"
 
 
 def snapshot(now, world, agent, replay, best):
     """All that a run consists of but the replay's rows, copied when sac.train calls `remember`."""
     networks = copy.deepcopy({"agent": agent.state_dict()} | {name: getattr(agent, name).state_dict() for name in OPTIMIZERS})
-    return networks | {"step": now["step"], "reward": torch.as_tensor(now["reward"]), "truth": torch.as_tensor(now["truth"]), "best": float(best),
+    return networks | {"step": now["step"], "block": tuple(now["block"]), "reward": torch.as_tensor(now["reward"]),
+                       "truth": torch.as_tensor(now["truth"]), "best": float(best),
                        "world": world.get_state(), "size": replay.size, "next": replay.next, "torch": torch.get_rng_state(),
                        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []}
 
@@ -852,39 +850,31 @@ def restore(saved, world, agent, replay):
     world.put_state(saved["world"])
     torch.set_rng_state(saved["torch"])
     torch.cuda.set_rng_state_all(saved["cuda"])
-    return saved, {"step": saved["step"], "obs": world.observe(), "reward": saved["reward"].numpy(), "truth": saved["truth"].numpy()}
+    return saved, {"step": saved["step"], "obs": world.observe(), "block": saved["block"], "reward": saved["reward"].numpy(),
+                   "truth": saved["truth"].numpy()}
 
 
-def build(config):
-    """What a run consists of: label (None for --reward truth), world to train in, world to test in, agent and replay."""
+def build(config, num_envs):
+    """label (None for --reward truth), world and agent."""
     torch.manual_seed(config.seed)
-    label, image_size = None, 64
-    if config.reward == "clip":
-        label = CLIPReward(config.prompt, config.baseline, config.alpha, config.clip, config.device)
-        image_size = label.image_size
-    num_envs = config.num_envs // config.processes
-    world, test_world = make_world(config, num_envs, image_size), make_world(config, TEST_EPISODES, image_size)
+    label = CLIPReward(config.prompt, config.baseline, config.alpha, config.clip, config.device) if config.reward == "clip" else None
+    world = make_world(config, num_envs, label.image_size if label else 64)
     if label:
         label(world.render())  # so that a missing OpenGL or a lack of memory shows before anything is written
-    obs_dim, action_dim = world.single_observation_space.shape[0], world.single_action_space.shape[0]
-    agent = sac.SAC(obs_dim, action_dim, gamma=config.gamma, tau=config.tau, actor_tau=config.actor_tau, lr=config.lr,
-                    device=config.device, hidden=config.hidden, temperature=config.temperature, layer_norm=config.layer_norm)
-    torch.manual_seed(config.seed + config.rank)  # processes begin with the same networks and then draw differently
-    per_iteration = config.num_envs * config.rollout_steps
-    replay = sac.Replay(max(config.replay, per_iteration) // config.processes, obs_dim, action_dim, config.device)
-    if config.rank == 0:
-        print(f"picture model {config.clip if label else 'none: the criterion itself is the reward'}, pictures {image_size} x {image_size}, "
-              f"looks {config.looks!r}, device {config.device}, {config.processes} process{'es' * (config.processes > 1)}\n"
-              f"{config.num_envs} simulations of {config.env_id}, {per_iteration} transitions per iteration, then {config.updates} "
-              f"updates of {config.batch_size} (1 update per {per_iteration / config.updates:.1f} transitions)", flush=True)
-    return label, world, test_world, agent, replay
+    agent = sac.SAC(world.single_observation_space.shape[0], world.single_action_space.shape[0], gamma=config.gamma, tau=config.tau,
+                    actor_tau=config.actor_tau, lr=config.lr, device=config.device, hidden=config.hidden,
+                    temperature=config.temperature, layer_norm=config.layer_norm)
+    return label, world, agent
 
 
 def train(config):
     """Train, keeping the policy with the highest return in its own deterministic episodes; then test that one."""
-    label, world, test_world, agent, replay = build(config)
+    label, world, agent = build(config, config.num_envs // config.processes)
+    torch.manual_seed(config.seed + config.rank)  # processes begin with the same networks and then draw differently
     per_iteration = config.num_envs * config.rollout_steps  # whole episodes
     steps = -(-config.steps // per_iteration) * per_iteration
+    replay = sac.Replay(max(config.replay, per_iteration) // config.processes, world.single_observation_space.shape[0],
+                        world.single_action_space.shape[0], config.device)
     folder, resume, memory, best = config.resume, None, {}, -np.inf
     if folder and (folder / "last.pt").is_file():
         memory, resume = load(folder / "last.pt", lambda saved: restore(saved, world, agent, replay))
@@ -899,8 +889,14 @@ def train(config):
         for _ in iterations:
             pass
         return
+    size = label.image_size if label else 64
+    print(f"picture model {config.clip if label else 'none: the criterion itself is the reward'}, pictures {size} x {size}, "
+          f"looks {config.looks!r}, device {config.device}, {config.processes} process{'es' * (config.processes > 1)}\n"
+          f"{config.num_envs} simulations of {config.env_id}, {per_iteration} transitions per iteration, then {config.updates} "
+          f"updates of {config.batch_size} (1 update per {per_iteration / config.updates:.1f} transitions)", flush=True)
+    test_world = make_world(config, TEST_EPISODES, size)
     folder, start = folder or new_folder(config), time.time()
-    checkpoint = lambda: save(folder / "last.pt", memory | {"rows": [store[:memory["size"]].clone() for store in replay.data]})
+    checkpoint = lambda: config.processes == 1 and save(folder / "last.pt", memory | {"rows": [store[:memory["size"]].clone() for store in replay.data]})
     print(f"writing to {folder}", flush=True)
     try:
         with progress(folder, resume["step"] if resume else 0) as file, tqdm(total=steps, unit="step", mininterval=1) as bar:
@@ -921,7 +917,8 @@ def train(config):
     except KeyboardInterrupt:
         if memory:
             checkpoint()
-        print(f"\nstopped; to go on: python vlmrm.py --resume {folder}", file=sys.stderr)
+        if config.processes == 1:
+            print(f"\nstopped; to go on: python vlmrm.py --resume {folder}", file=sys.stderr)
         raise
     policy = agent.policy()
     load(folder / "best.pt", lambda saved: policy.load_state_dict(saved["agent"]))
@@ -988,14 +985,13 @@ def evaluate_run(folder, episodes):
     if config.goal is None:
         raise UsageError(f"--eval {folder}: the simulator has no criterion for {config.prompt!r}; it judges the prompts of --task {', '.join(TASKS)}")
     config.reward = "clip"
-    label, _, world, agent, _ = build(config)
+    label, world, agent = build(config, TEST_EPISODES)
     policy = agent.policy()
     load(folder / "best.pt", lambda saved: policy.load_state_dict(saved["agent"]))
     vectors, goals = [], []
     for i in range(-(-episodes // world.num_envs)):
         obs, _ = world.reset(seed=config.seed + 3_000_000 + i * world.num_envs)
-        act = lambda obs: policy.act(obs, deterministic=True)
-        block, labels, _ = sac.rollout(world, obs, act, world.episode_length, label.embed)
+        block, labels, _ = sac.rollout(world, obs, partial(policy.act, deterministic=True), world.episode_length, label.embed)
         vectors.append(torch.stack(labels, 1))                                                      # (num_envs, T, D)
         goals.append(block.reward.T > 0)                                                            # (num_envs, T)
     vectors, goals = torch.cat(vectors)[:episodes], np.concatenate(goals)[:episodes]
@@ -1017,15 +1013,16 @@ def view(folder):
     config = read_config(folder)
     if config.env_id not in SCENES:
         raise UsageError(f"--view shows {' and '.join(SCENES)}; of {config.env_id} there is {folder}/film.gif")
-    world = make_world(config, 1, 64)
+    config.reward = "truth"  # no picture model is needed
+    _, world, agent = build(config, 1)
     model, data = world.model, mujoco.MjData(world.model)
-    agent = sac.SAC(model.nq - world.scene.obs_start + model.nv, model.nu, hidden=config.hidden, layer_norm=config.layer_norm)
     load(folder / "best.pt", lambda saved: agent.load_state_dict(saved["agent"]))
     try:
-        viewer = importlib.import_module("mujoco.viewer").launch_passive(model, data)
+        from mujoco.viewer import launch_passive
+        viewer = launch_passive(model, data)
     except (ImportError, RuntimeError) as error:
         raise UsageError(f"--view needs a display ({error}); without one look at {folder}/film.gif") from None
-    obs, done = world.reset(seed=config.seed)[0], False
+    obs, _ = world.reset(seed=config.seed)
     while viewer.is_running():
         obs, _, _, done, _ = world.step(sac.to_env(world, agent.act(obs, deterministic=True)))
         data.qpos[:] = world.qpos[0]
@@ -1036,7 +1033,7 @@ def view(folder):
 
 
 def labelled_states(task, seed=0):
-    """States (n, nq) to judge reward models on, the same for everyone: any position and angle of the cart-pole, any position of the
+    """States (n, nq) to judge reward models on, the same for everyone: positions and angles of the cart-pole, positions of the
     car; for the humanoid noisy blends of standing and the posture of this task (300) and of all tasks (20 each), on the floor,
     then as they settle without torques, and at last in a random rollout."""
     rng = np.random.default_rng(seed)
@@ -1111,12 +1108,14 @@ def read_config(folder):
     """The configuration of a run; raises UsageError where there is none."""
     try:
         config = argparse.Namespace(**json.loads((folder / "config.json").read_text()))
-        missing = {"prompt", "baseline", "alpha", "env_id", "task", "seed", "reward", *PAPER} - vars(config).keys()
+        missing = set(SAVED) - vars(config).keys()
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"{folder} is not a run's folder: its config.json cannot be read ({type(error).__name__}). Give one like "
                          "runs/a-humanoid-robot-kneeling") from None
     if missing:
         raise UsageError(f"{folder}/config.json is not from this vlmrm.py: it lacks {', '.join(sorted(missing))}")
+    if Path(config.clip).name == TINY_CLIP.name and not Path(config.clip).is_dir():
+        config.clip = str(TINY_CLIP)  # the checkout has moved since
     task = TASKS.get(config.task, Task(config.prompt))
     config.goal = task.goal if config.env_id == task.env_id else None
     config.rank, config.processes, config.resume = 0, 1, None
@@ -1160,11 +1159,11 @@ def parse(argv):
     modes = [flag for flag in ("eval", "landscape", "resume", "view") if getattr(args, flag) is not None]
     if len(modes) > 1:
         raise UsageError(f"--{' and --'.join(modes)} exclude each other: give one of them")
-    if args.resume and any(value != flags().get_default(flag) for flag, value in vars(args).items() if flag != "resume"):
-        raise UsageError("--resume goes on with a run as it was begun: give it without other flags")
     if not (args.eval or args.resume or args.view):
         choose_goal(args)
         choose_settings(args)
+    elif any(value != flags().get_default(flag) for flag, value in vars(args).items() if flag not in (*modes, "episodes")):
+        raise UsageError(f"--{modes[0]} takes everything from the run's folder: give it without other flags")
     return args
 
 
@@ -1179,9 +1178,9 @@ def choose_goal(args):
     if args.env_id not in SCENES:
         if args.looks or args.landscape and args.env_id != TASKS["mountaincar"].env_id:
             raise UsageError(f"--{'looks' if args.looks else 'landscape'} is for --env-id {' and '.join(SCENES)}; Gymnasium draws {args.env_id}")
-        if args.alpha > 0 and args.baseline is None and args.task is None:
-            raise UsageError(f"with alpha > 0 say what a picture of {args.env_id} shows anyway: --baseline \"a one-legged robot\"")
         args.looks = "Gymnasium's own"
+    if args.alpha > 0 and args.baseline is None and args.env_id != named.env_id:
+        raise UsageError(f"with alpha > 0 say what a picture of {args.env_id} shows anyway: --baseline \"a one-legged robot\"")
     args.baseline = named.baseline if args.baseline is None else args.baseline
     args.goal = named.goal if args.env_id == named.env_id else None
     if args.eval is not None and args.goal is None:
@@ -1202,12 +1201,10 @@ def choose_settings(args):
     args.clip = [str(TINY_CLIP) if clip == "tiny_clip" else clip for clip in args.clip or ()]
     lesson = str(TINY_CLIP) in args.clip or not args.clip and args.device == "cpu"
     settings = (PAPER if args.paper else FEWER) | (LESSON if lesson else {})
-    if args.env_id in (TASKS["cartpole"].env_id, TASKS["mountaincar"].env_id) and not args.paper:
-        settings |= CLASSIC
+    if args.env_id in (TASKS["cartpole"].env_id, TASKS["mountaincar"].env_id):
+        settings |= {"rollout_steps": 200} if args.paper else CLASSIC
     args.clip = args.clip or [settings["clip"]]
-    for name, value in settings.items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
+    vars(args).update({name: value for name, value in settings.items() if getattr(args, name, None) is None})
     if args.eval is None:
         if len(args.prompt) > 1 or len(args.clip) > 1:
             raise UsageError("several --prompt or --clip are for comparing them: --eval without a run's folder. Train with one of each")
