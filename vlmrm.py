@@ -126,7 +126,7 @@ class CLIPReward(nn.Module):
                 x = TF.resize(x, size, step.interpolation)
             else:
                 x = step(x)
-        return (x.float() / 255 - self.mean) / self.std                                                       # (N, 3, h, w)
+        return (x.float() / 255 - self.mean) / self.std                                             # (N, 3, h, w)
 
     @torch.no_grad()
     def embed(self, frames):
@@ -221,7 +221,8 @@ def warn_of_cut_words(tokenizer, texts):
         words, tokens = text.split(), tokenizer([text])
         kept = bisect.bisect_left(range(len(words)), True, key=lambda n: torch.equal(tokenizer([" ".join(words[:n])]), tokens))
         if kept < len(words):
-            print(f"warning: the prompt is too long for the text model, which does not see its end: {' '.join(words[kept:])[:200]!r}", file=sys.stderr)
+            end = " ".join(words[kept:])[:200]
+            print(f"warning: the prompt is too long for the text model, which does not see its end: {end!r}", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------------------ the tasks
@@ -896,7 +897,8 @@ def train(config):
           f"updates of {config.batch_size} (1 update per {per_iteration / config.updates:.1f} transitions)", flush=True)
     test_world = make_world(config, TEST_EPISODES, size)
     folder, start = folder or new_folder(config), time.time()
-    checkpoint = lambda: config.processes == 1 and save(folder / "last.pt", memory | {"rows": [store[:memory["size"]].clone() for store in replay.data]})
+    rows = lambda: [store[:memory["size"]].clone() for store in replay.data]
+    checkpoint = lambda: config.processes == 1 and save(folder / "last.pt", memory | {"rows": rows()})
     print(f"writing to {folder}", flush=True)
     try:
         with progress(folder, resume["step"] if resume else 0) as file, tqdm(total=steps, unit="step", mininterval=1) as bar:
