@@ -838,8 +838,8 @@ def test_every_command_of_the_readme_runs_in_short(command, tmp_path, monkeypatc
         shutil.copytree(TINY_CLIP, f"tiny_clip/width-{width}", ignore=shutil.ignore_patterns("width-*"), dirs_exist_ok=True)
     short = ["--steps", "40", "--num-envs", "2"]
     if "runs/" in command:
-        vlmrm.main(["--task", "kneeling", "--out", "runs/example", *short])
-    program, *argv = shlex.split(command.replace("<prompt>", "example").replace("NAME", "kneeling"))
+        vlmrm.main(["--task", "kneeling", *short])
+    program, *argv = shlex.split(command)
     if program == "sac.py":
         sac.main([*argv, "--steps", "300"])
         return

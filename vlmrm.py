@@ -528,7 +528,7 @@ def dress(spec, looks):
     """Give the MjSpec of Gymnasium's scene the paper's looks (appendix C.2), or plain ones for a small picture model."""
     if looks == "original":
         return
-    # What a software renderer spends its time on; at 224 x 224 a picture differs by 0.6 of 255 and is drawn 13 times as fast.
+    # What a software renderer spends its time on; at 224 x 224 a picture differs by 0.6 of 255 and is drawn 8 times as fast.
     quality = spec.visual.quality
     quality.offsamples, quality.shadowsize, quality.numslices, quality.numstacks = 0, 1024, 16, 8
     for geom in spec.geoms:

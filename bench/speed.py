@@ -66,12 +66,14 @@ def sac_updates(rounds, hidden, batch_size, n=50):
     agent, replay = sac.SAC(45, 17, hidden=hidden, device=DEVICE), sac.Replay(20_000, 45, 17, DEVICE)
     replay.add(torch.randn(20_000, 45), torch.rand(20_000, 17) * 2 - 1, torch.randn(20_000), torch.randn(20_000, 45), torch.zeros(20_000))
 
-    def ours():
-        sac.use_onednn()
+    torchs_own = lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "none")
+
+    def ours(products):
+        products()
         for _ in range(n):
             agent.update(replay.sample(batch_size))
         return n
-    ways = {"ours": ours}
+    ways = {"ours": lambda: ours(sac.use_onednn), "ours, torch's own products": lambda: ours(torchs_own)}
     try:
         import stable_baselines3
         model = stable_baselines3.SAC("MlpPolicy", Sized(), buffer_size=20_000, learning_starts=0, device=DEVICE,
@@ -85,7 +87,6 @@ def sac_updates(rounds, hidden, batch_size, n=50):
             products()
             model.train(n, batch_size)
             return n
-        torchs_own = lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "none")
         ways |= {"stable-baselines3, oneDNN": lambda: theirs(sac.use_onednn), "stable-baselines3": lambda: theirs(torchs_own)}
     except ImportError:
         print("stable-baselines3 is not installed: its SAC row is left out")
