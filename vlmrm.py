@@ -634,6 +634,7 @@ class GymWorld(gym.vector.VectorWrapper):
     def __init__(self, env_id, num_envs, image_size, episode_length, goal=None):
         if sys.platform == "linux" and "DISPLAY" not in os.environ:
             os.environ.setdefault("MUJOCO_GL", "egl")
+            os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # for pygame
         make = lambda **size: sac.make_envs(env_id, num_envs, gym.vector.AutoresetMode.DISABLED, wrappers=(Endless,), render_mode="rgb_array",
                                             max_episode_steps=episode_length, **size)
         try:
