@@ -869,6 +869,15 @@ def build(config, num_envs):
     return label, world, agent
 
 
+def announce(config, label):
+    """The first lines on the screen: what is about to run."""
+    per_iteration, size = config.num_envs * config.rollout_steps, label.image_size if label else 64
+    print(f"picture model {config.clip if label else 'none: the criterion itself is the reward'}, pictures {size} x {size}, "
+          f"looks {config.looks!r}, device {config.device}, {config.processes} process{'es' * (config.processes > 1)}\n"
+          f"{config.num_envs} simulations of {config.env_id}, {per_iteration} transitions per iteration, then {config.updates} "
+          f"updates of {config.batch_size} (1 update per {per_iteration / config.updates:.1f} transitions)", flush=True)
+
+
 def train(config):
     """Train, keeping the policy with the highest return in its own deterministic episodes; then test that one."""
     label, world, agent = build(config, config.num_envs // config.processes)
@@ -891,12 +900,8 @@ def train(config):
         for _ in iterations:
             pass
         return
-    size = label.image_size if label else 64
-    print(f"picture model {config.clip if label else 'none: the criterion itself is the reward'}, pictures {size} x {size}, "
-          f"looks {config.looks!r}, device {config.device}, {config.processes} process{'es' * (config.processes > 1)}\n"
-          f"{config.num_envs} simulations of {config.env_id}, {per_iteration} transitions per iteration, then {config.updates} "
-          f"updates of {config.batch_size} (1 update per {per_iteration / config.updates:.1f} transitions)", flush=True)
-    test_world = make_world(config, TEST_EPISODES, size)
+    announce(config, label)
+    test_world = make_world(config, TEST_EPISODES, label.image_size if label else 64)
     folder, start = folder or new_folder(config), time.time()
     rows = lambda: [store[:memory["size"]].clone() for store in replay.data]
     checkpoint = lambda: config.processes == 1 and save(folder / "last.pt", memory | {"rows": rows()})
@@ -923,10 +928,14 @@ def train(config):
         if config.processes == 1:
             print(f"\nstopped; to go on: python vlmrm.py --resume {folder}", file=sys.stderr)
         raise
-    policy = agent.policy()
+    finish(config, folder, label, test_world, agent.policy(), start)
+
+
+def finish(config, folder, label, world, policy, start):
+    """Test the best policy in 100 new episodes; curve, film and the last line on the screen."""
     load(folder / "best.pt", lambda saved: policy.load_state_dict(saved["agent"]))
-    results = [evaluate(test_world, policy, label, config.seed + 2_000_000 + i * TEST_EPISODES) for i in range(4)]
-    returns, success = map(np.concatenate, zip(*results))                                                           # (100,)
+    results = [evaluate(world, policy, label, config.seed + 2_000_000 + i * TEST_EPISODES) for i in range(4)]
+    returns, success = map(np.concatenate, zip(*results))                                           # (100,)
     learning_curve(folder)
     if label:
         film(policy, config, label, folder)
