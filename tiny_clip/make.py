@@ -1,6 +1,7 @@
-"""Makes tiny_clip: a small CLIP that knows our two worlds, trained on captions that the simulator's state decides.
+"""Makes tiny_clip: a small CLIP that knows our three worlds, trained on captions that the simulator's state decides.
 
-    python tiny_clip/make.py        # about 20 minutes on 2 slow cores; writes open_clip_config.json and the weights
+    pip install pygame              # Gymnasium draws the mountain car with it
+    python tiny_clip/make.py        # about 27 minutes on 2 slow cores; writes open_clip_config.json and the weights
 
 Pictures show states from random rollouts, from poses dropped on the floor, from poses near kneeling, and from policies
 while they learn: first on the simulator's own judgement, then on the picture model itself, so that the model sees, with
