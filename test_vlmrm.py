@@ -542,6 +542,8 @@ def one_of_two_processes(rank, folder):
     agent.fit_scales(half, 0.3)
     agent.update(half)
     torch.save(agent.state_dict(), f"{folder}/agent{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 def an_agent_and_its_batch():

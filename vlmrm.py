@@ -1250,6 +1250,7 @@ def main(argv=None):
         dist.init_process_group()
     train(config)
     if config.processes > 1:
+        dist.barrier()  # one that leaves early would cut off another's last exchange
         dist.destroy_process_group()
 
 
