@@ -267,7 +267,7 @@ def test_original_looks_are_gymnasiums(egl):
     theirs = gym.make("Humanoid-v5", render_mode="rgb_array", width=96, height=96)
     theirs.reset(seed=0)
     expected = theirs.render().astype(int)
-    assert np.abs(ours - expected).mean() < 3  # their buffer is larger: edges are not smoothed the same
+    assert np.abs(ours - expected).mean() < 1  # edges are not smoothed, shadows are coarser
 
 
 @pytest.mark.parametrize("looks", ["paper", "original", "plain"])
@@ -738,7 +738,7 @@ def test_epic_and_auroc_against_closed_forms_and_counting():
     pairs = [(a > b) + 0.5 * (a == b) for a in reward[goal] for b in reward[~goal]]
     assert vlmrm.auroc(reward, goal) == pytest.approx(np.mean(pairs))
     assert math.isnan(vlmrm.epic(reward, goal & False)) and math.isnan(vlmrm.auroc(reward, goal & False))
-    assert vlmrm.hacked(np.array([1, 2, 3, 4.0]), np.array([True, True, False, False])) == 0.5 and math.isnan(vlmrm.hacked(reward, goal & False))
+    assert vlmrm.hacked(np.array([1, 2, 3, 4.0]), np.array([True, False, False, True]), 2) == 0.25
 
 
 def test_eval_of_a_run_prints_a_table_and_writes_it(tmp_path, monkeypatch, capsys):
@@ -801,6 +801,7 @@ def test_landscape_is_the_reward_along_a_joint(tmp_path, monkeypatch):
     (["--paper"], dict(clip=str(TINY_CLIP), looks="plain", updates=100, batch_size=512, learning_starts=50_000, gamma=0.95, tau=0.005,
                        actor_tau=1.0, lr=6e-4, lr_decay=False, temperature=1.0, layer_norm=False, reward_std=None)),
     (["--paper", "--clip", "ViT-bigG-14/laion2b_s39b_b160k"], dict(looks="paper", steps=10_000_000, num_envs=32, reset_noise_scale=0.01)),
+    (["--clip", str(TINY_CLIP / "looks-paper"), "--looks", "paper"], dict(looks="paper", steps=256_000, replay=300_000)),
     (["--clip", "ViT-B-32/laion2b_s34b_b79k", "--steps", "5"], dict(looks="paper", steps=5, updates=400)),
     (["--env-id", "InvertedPendulum-v5", "--steps", "7"], dict(num_envs=16, gamma=0.99, steps=7)),
     (["--task", "cartpole", "--paper"], dict(rollout_steps=200, gamma=0.95, num_envs=32)),
@@ -839,8 +840,9 @@ def test_every_command_of_the_readme_runs_in_short(command, tmp_path, monkeypatc
     monkeypatch.setattr(vlmrm, "TEST_EPISODES", 1)
     monkeypatch.setattr("mujoco.viewer.launch_passive", lambda model, data: SimpleNamespace(is_running=lambda: False))
     shutil.copytree(TINY_CLIP, "tiny_clip")
-    for width in (8, 12):
-        shutil.copytree(TINY_CLIP, f"tiny_clip/width-{width}", ignore=shutil.ignore_patterns("width-*"), dirs_exist_ok=True)
+    for sibling in ("width-8", "width-12", "looks-paper"):
+        shutil.copytree(TINY_CLIP, f"tiny_clip/{sibling}", ignore=shutil.ignore_patterns("width-*", "looks-*"), dirs_exist_ok=True)
+    monkeypatch.setattr(vlmrm, "TINY_CLIP", tmp_path / "tiny_clip")
     short = ["--steps", "40", "--num-envs", "2"]
     if "runs/" in command:
         vlmrm.main(["--task", "kneeling", *short])

@@ -524,26 +524,27 @@ PLAIN = {"thigh": (0.85, 0.15, 0.1), "shin": (1, 0.6, 0.1), "foot": (0.5, 0.2, 0
          "hand": (0.6, 0.9, 0.3), "head": (0.95, 0.9, 0.8), "floor": (0.75, 0.75, 0.75), "rail": (0.6, 0.6, 0.6), "cart": (0.85, 0.15, 0.1)}
 
 
-def dress(spec, looks):
-    """Give the MjSpec of Gymnasium's scene the paper's looks (appendix C.2), or plain ones for a small picture model."""
-    if looks == "original":
-        return
-    # What a software renderer spends its time on; at 224 x 224 a picture differs by 0.6 of 255 and is drawn 8 times as fast.
+def dress(spec, looks, size):
+    """Give the MjSpec of Gymnasium's scene the paper's looks (appendix C.2), or plain ones for a small picture model, or leave it
+    as it is but for what a software renderer spends its time on: at 224 x 224 a picture differs by 0.6 of 255 and is drawn 8 times as fast.
+    """
     quality = spec.visual.quality
-    quality.offsamples, quality.shadowsize, quality.numslices, quality.numstacks = 0, 1024, 16, 8
+    quality.offsamples, quality.shadowsize, quality.numslices, quality.numstacks = 0, 4 * size, 16, 8
+    spec.visual.global_.offwidth = spec.visual.global_.offheight = size  # a larger buffer costs time
     for geom in spec.geoms:
         if geom.type == mujoco.mjtGeom.mjGEOM_PLANE:
             geom.size[2] = 10  # the grid's spacing: 0.125 would draw 320 x 320 squares
         if looks == "plain":
             geom.material = ""
             geom.rgba = (*next((rgb for part, rgb in PLAIN.items() if part in geom.name), (0.15, 0.3, 0.8)), 1)
-        elif geom.material == "geom":
+        elif looks == "paper" and geom.material == "geom":
             geom.rgba = 1, 1, 1, 1
     if looks == "plain":
         spec.visual.headlight.ambient, spec.visual.headlight.diffuse = [0.45] * 3, [0.55] * 3
         quality.numslices, quality.numstacks = 10, 6
         for light in spec.lights:
             light.active = False
+    if looks != "paper":
         return
     for texture in spec.textures:
         if texture.type == mujoco.mjtTexture.mjTEXTURE_SKYBOX:                  # for the paper's picture of a sky
@@ -568,8 +569,7 @@ class Painter:
 
     def __init__(self, xml, scene, looks, size):
         spec = mujoco.MjSpec.from_file(xml)
-        dress(spec, looks)
-        spec.visual.global_.offwidth = spec.visual.global_.offheight = size  # a larger buffer costs time
+        dress(spec, looks, size)
         self.model, self.follow = spec.compile(), looks == "plain" and scene.xml == "humanoid.xml"
         self.data, self.scene = mujoco.MjData(self.model), mujoco.MjvScene(self.model, 1000)
         self.camera, self.option, self.perturb = mujoco.MjvCamera(), mujoco.MjvOption(), mujoco.MjvPerturb()
@@ -986,9 +986,10 @@ def auroc(reward, goal):
     return float((rank[goal].sum() - true * (true + 1) / 2) / (true * false)) if true and false else float("nan")
 
 
-def hacked(reward, goal):
-    """Share of states that beat the median goal state's reward without being goal states; nan without goal states."""
-    return float(((reward > np.median(reward[goal])) & ~goal).mean()) if goal.any() else float("nan")
+def hacked(reward, goal, goal_reward):
+    """Share of states that are paid better than `goal_reward` without being goal states: many: the picture model is fooled; few, and
+    few goal states: the optimiser is stuck."""
+    return float(((reward > goal_reward) & ~goal).mean())
 
 
 def evaluate_run(folder, episodes):
@@ -1006,16 +1007,19 @@ def evaluate_run(folder, episodes):
         block, labels, _ = sac.rollout(world, obs, partial(policy.act, deterministic=True), world.episode_length, label.embed)
         vectors.append(torch.stack(labels, 1))                                                      # (num_envs, T, D)
         goals.append(block.reward.T > 0)                                                            # (num_envs, T)
-    vectors, goals = torch.cat(vectors)[:episodes], np.concatenate(goals)[:episodes]
-    reward = lambda alpha: goal_baseline_reward(vectors.flatten(0, 1), label.goal, label.baseline, alpha).cpu().numpy()
+    vectors, goals = torch.cat(vectors)[:episodes].flatten(0, 1), np.concatenate(goals)[:episodes]
+    fixed = labelled_world(config, label.image_size)
+    fixed_goals = label.embed(fixed.render())[torch.as_tensor(config.goal(fixed))]                  # (n, D)
+    reward = lambda alpha, s=vectors: goal_baseline_reward(s, label.goal, label.baseline, alpha).cpu().numpy()
+    judge = lambda alpha, r, goal: {"alpha": alpha, "epic": epic(r, goal), "auroc": auroc(r, goal),
+                                    "hacked": hacked(r, goal, np.median(reward(alpha, fixed_goals)))}
     result = {"episodes": episodes, "success": float((goals.mean(1) >= 0.5).mean()),
-              "return": float(reward(config.alpha).reshape(goals.shape).sum(1).mean()),
-              "alphas": [{"alpha": alpha, "epic": epic(r, goals.flatten()), "auroc": auroc(r, goals.flatten()),
-                          "hacked": hacked(r, goals.flatten())} for alpha in ALPHAS for r in (reward(alpha),)]}
+              "return": float(reward(config.alpha).sum() / episodes), "goal_states": float(goals.mean()),
+              "alphas": [judge(alpha, reward(alpha), goals.flatten()) for alpha in ALPHAS]}
     (folder / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
     film(policy, config, label, folder)
     print(f"{episodes} deterministic episodes: success rate {result['success']:.0%}, CLIP return {result['return']:.2f}, "
-          f"goal states {goals.mean():.0%} of the steps\nalpha   EPIC  AUROC  hacked")
+          f"goal states {result['goal_states']:.0%} of the steps\nalpha   EPIC  AUROC  hacked")
     for row in result["alphas"]:
         print(f"{row['alpha']:5.2f} {row['epic']:6.3f} {row['auroc']:6.3f} {row['hacked']:7.1%}")
 
@@ -1070,19 +1074,22 @@ def labelled_states(task, seed=0):
     return np.concatenate(states)
 
 
+def labelled_world(config, image_size):
+    """One simulation in each of the labelled states of the run's task."""
+    states = labelled_states(config.task)
+    world = make_world(config, len(states), image_size)
+    world.set_state(states)
+    return world
+
+
 def compare_models(config):
     """Figure 4 without training: EPIC distance and AUROC of every picture model, prompt and alpha on labelled_states."""
-    states = labelled_states(config.task)
-    world = make_world(config, len(states), 64)
-    world.set_state(states)
-    goal = config.goal(world)
-    print(f"{len(states)} states, {goal.mean():.0%} of them goal states of {config.task!r}, looks {config.looks!r}\n"
+    goal = config.goal(labelled_world(config, 64))
+    print(f"{len(goal)} states, {goal.mean():.0%} of them goal states of {config.task!r}, looks {config.looks!r}\n"
           f"{'EPIC (AUROC) at alpha ' + ', '.join(map(str, ALPHAS)):<62} image tower, prompt")
     for clip in config.clip:
         reward = CLIPReward(config.prompt, config.baseline, clip=clip, device=config.device)
-        world = make_world(config, len(states), reward.image_size)
-        world.set_state(states)
-        s, size = reward.embed(world.render()), sum(p.numel() for p in reward.parameters())
+        s, size = reward.embed(labelled_world(config, reward.image_size).render()), sum(p.numel() for p in reward.parameters())
         for prompt, g in zip(config.prompt, reward.goals):
             rewards = (goal_baseline_reward(s, g, reward.baseline, alpha).cpu().numpy() for alpha in ALPHAS)
             print(*(f"{epic(r, goal):.3f} ({auroc(r, goal):.3f})" for r in rewards), f"{Path(clip).name} ({size / 1e6:.2f} M)", prompt, flush=True)
@@ -1211,7 +1218,7 @@ def choose_settings(args):
         if args.processes > 1:
             os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", str(local_rank))  # draw where the picture model is
     args.clip = [str(TINY_CLIP) if clip == "tiny_clip" else clip for clip in args.clip or ()]
-    lesson = str(TINY_CLIP) in args.clip or not args.clip and args.device == "cpu"
+    lesson = any(Path(clip).resolve().is_relative_to(TINY_CLIP) for clip in args.clip) or not args.clip and args.device == "cpu"
     settings = (PAPER if args.paper else FEWER) | (LESSON if lesson else {})
     if args.env_id in (TASKS["cartpole"].env_id, TASKS["mountaincar"].env_id):
         settings |= {"rollout_steps": 200} if args.paper else CLASSIC

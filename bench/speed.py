@@ -132,10 +132,10 @@ def drawing(rounds, size, n=4):
     finer = {"ours": {}} | finer | {"all three: MuJoCo's": {k: v for part in finer.values() for k, v in part.items()}}
     world, dress, ways = vlmrm.World("Humanoid-v5", 1), vlmrm.dress, {}
     for name, quality in finer.items():
-        def as_fine(spec, looks):
-            dress(spec, looks)
+        def as_fine(*args, quality=quality):
+            dress(*args)
             for setting, value in quality.items():
-                setattr(spec.visual.quality, setting, value)
+                setattr(args[0].visual.quality, setting, value)
         vlmrm.dress = as_fine
         painter = vlmrm.Painter(world.xml, world.scene, "paper", size)
         ways[name] = lambda painter=painter: len(painter.paint(np.tile(world.model.qpos0, (n, 1))))

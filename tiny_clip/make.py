@@ -12,6 +12,7 @@ state is a log-odds in [-4, 2.5] that falls smoothly with the distance from the 
 and less: the cosine learns this slope, and a policy can climb it.
 """
 import argparse
+import functools
 import json
 import multiprocessing
 import random
@@ -201,9 +202,9 @@ def judge(env_id, qpos):
     return np.concatenate(rows).astype(np.float32)
 
 
-def pictures(env_id, qpos):
+def pictures(env_id, qpos, looks="plain"):
     """(frames uint8 (n, SIZE, SIZE, 3), truth (n, concepts)) of the states `qpos`."""
-    world, frames = vlmrm.World(env_id, 100, SIZE, "plain"), []
+    world, frames = vlmrm.World(env_id, 100, SIZE, looks), []
     for part in np.split(qpos, range(100, len(qpos), 100)):
         world.set_state(np.resize(part, (100, part.shape[1])))
         frames.append(world.render()[:len(part)])
@@ -288,18 +289,18 @@ def random_states(rng, n=64):
     return np.concatenate(states)
 
 
-def policy_pictures(job):
+def policy_pictures(job, looks, folder):
     """Pictures, with their truth, of states that SAC visits while it learns: job = (seed, iterations, how many, concept, judge).
 
-    It learns on the simulator's log-odds of `concept` or, where judge is "clip", on the picture model in this folder.
+    It learns on the simulator's log-odds of `concept` or, where judge is "clip", on the picture model in `folder`.
     """
     seed, iterations, n, concept, judge = job
     torch.set_num_threads(1)  # two of these run side by side
     torch.manual_seed(seed)
-    world = vlmrm.World("Humanoid-v5", 32, SIZE, "plain", reset_noise_scale=0.03, num_threads=1)
+    world = vlmrm.World("Humanoid-v5", 32, SIZE, looks, reset_noise_scale=0.03, num_threads=1)
     label, world.goal = None, lambda world: humanoid_truth(world)[concept]
     if judge == "clip":
-        world.goal, label = vlmrm.TASKS[concept].goal, vlmrm.CLIPReward(vlmrm.TASKS[concept].prompt, clip=str(HERE))
+        world.goal, label = vlmrm.TASKS[concept].goal, vlmrm.CLIPReward(vlmrm.TASKS[concept].prompt, clip=str(folder))
     states, step = [], world.step
 
     def recording(action):
@@ -315,7 +316,7 @@ def policy_pictures(job):
     world.close()
     states = np.concatenate(states)
     rows = np.random.default_rng(seed).choice(len(states), min(n, len(states)), replace=False)
-    return pictures("Humanoid-v5", states[rows])
+    return pictures("Humanoid-v5", states[rows], looks)
 
 
 # ------------------------------------------------------------------------------------------------------------ the training
@@ -358,7 +359,7 @@ def fit(model, frames, truth, steps, lr, rng, batch=192):
     model.eval()
 
 
-def save(model, folder=HERE):
+def save(model, folder):
     words = sorted({w.strip(",.") for t, p in CAPTIONS.values() for x in t for y in p for w in x.format(y).lower().split()})
     folder.mkdir(exist_ok=True)
     (folder / "open_clip_config.json").write_text(json.dumps(CONFIG | {"words": words}, indent=2) + "\n")
@@ -392,7 +393,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--siblings", type=int, nargs="+", default=[], help="also make models of these widths (tiny_clip's is 16) from "
                         "the same pictures, in tiny_clip/width-...: for comparisons")
-    siblings = parser.parse_args().siblings
+    parser.add_argument("--looks", choices=("plain", "paper", "original"), default="plain", help="how the pictures are drawn; other than "
+                        "plain makes another model, in tiny_clip/looks-...")
+    args = parser.parse_args()
+    looks, folder = args.looks, HERE if args.looks == "plain" else HERE / f"looks-{args.looks}"
     sac.use_onednn()
     start = time.time()
     clock = lambda text: print(f"[{(time.time() - start) / 60:5.1f} min] {text}", flush=True)
@@ -402,32 +406,33 @@ def main():
     pool = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"))
     clock("pictures of policies that learn on the simulator's judgement, of random rollouts and poses, of the cart-pole")
     others = [name for name, task in vlmrm.TASKS.items() if task.posture and name != "kneeling"]
-    jobs = pool.map(policy_pictures, [(101, 32, 24_000, "kneeling", "truth"), (102, 32, 24_000, "kneeling", "truth")]
+    job = functools.partial(policy_pictures, looks=looks, folder=folder)
+    jobs = pool.map(job, [(101, 32, 24_000, "kneeling", "truth"), (102, 32, 24_000, "kneeling", "truth")]
                     + [(103 + i, 14, 5_000, concept, "truth") for i, concept in enumerate(["one knee", "crouching", "sitting", *others])])
     fooled = [(201, 28, 24_000, "kneeling", "clip"), (202, 28, 24_000, "kneeling", "clip")] + [
         (203 + i, 16, 5_000, concept, "clip") for i, concept in enumerate(others)]
     states = random_states(rng)
     cart = np.stack([rng.uniform(-1, 1, 9000), np.clip(rng.normal(0, rng.choice([0.1, 0.5, 1.2], 9000)), -1.6, 1.6)], 1)
-    sets = [pictures("Humanoid-v5", states[rng.choice(len(states), 40_000, replace=False)]), pictures("InvertedPendulum-v5", cart),
+    sets = [pictures("Humanoid-v5", states[rng.choice(len(states), 40_000, replace=False)], looks), pictures("InvertedPendulum-v5", cart, looks),
             mountaincar_pictures(rng.uniform(-1.2, 0.6, 5000)), *jobs]
     model = new_model()
     for steps, jobs in ((STEPS // 2, fooled), (STEPS // 2, ())):
         frames, truth = map(np.concatenate, zip(*sets))
         clock(f"training on {len(frames)} pictures")
         fit(model, frames, truth, steps, 1.5e-3, rng)
-        save(model)
+        save(model, folder)
         if jobs:
             clock("policies that learn on the picture model")
-            new = list(pool.map(policy_pictures, jobs))
-            for job, (frames, truth) in zip(jobs, new):
-                report(model, job[3], frames, truth)
+            new = list(pool.map(job, jobs))
+            for (*_, concept, _), (frames, truth) in zip(jobs, new):
+                report(model, concept, frames, truth)
             sets += new
-    for width in siblings:
+    for width in args.siblings:
         clock(f"training width {width} on {len(frames)} pictures")
         CONFIG["model_cfg"]["vision_cfg"]["width"] = width
         model = new_model()
         fit(model, frames, truth, STEPS, 1.5e-3, rng)
-        save(model, HERE / f"width-{width}")
+        save(model, folder / f"width-{width}")
     clock("done")
 
 
