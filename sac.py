@@ -134,7 +134,8 @@ def average_gradients(*parameters):
 
 
 class SAC(nn.Module):
-    """The agent: `act` and `update`. `temperature` is the initial entropy coefficient, learned from then on.
+    """The agent: `act` and `update`. `temperature` (alpha in the SAC papers; here alpha is Eq. 3's) is the initial entropy
+    coefficient, learned from then on.
 
     It acts with the actor's running average, which follows at `actor_tau` per update and is steadier than any one actor;
     1.0, the usual SAC, acts with the actor itself.
@@ -365,20 +366,24 @@ class RunError(RuntimeError):
     """A run cannot go on, through no fault of the command line; the message says what happened, in one line."""
 
 
+def exit_at_once(code):
+    """Without waiting for threads, one of which may hang in a renderer, and without their last words."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def exit_with_one_line(main):
     """Run a program's main(): a UsageError becomes one line on stderr and exit code 2, a RunError or a failing disk exit
     code 1, Ctrl-C and SIGTERM 130."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
-    except UsageError as error:
+    except (UsageError, RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(1)  # at once: a thread that hangs in a renderer would be waited for
+        exit_at_once(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
-        sys.exit(130)
+        exit_at_once(130)
 
 
 def make_envs(env_id, num_envs, autoreset_mode, **kwargs):

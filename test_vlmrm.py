@@ -336,10 +336,11 @@ def test_any_other_task_equals_gymnasiums_without_reward_and_end(egl):
         assert np.array_equal(obs[1], theirs.step(action[1])[0]) and not reward.any() and not terminated.any() and truncated.all() == (t == 29)
     assert world.render().shape == (2, 48, 48, 3) and world.render().std() > 5
     first, _ = world.reset()
-    saved = world.get_state()
+    bits = world.bits
     world.reset()
-    world.put_state(saved)
-    assert np.array_equal(world.observe(), first)
+    for rng, state in zip(world.rngs, bits):
+        rng.bit_generator.state = state
+    assert np.array_equal(world.reset()[0], first)
 
 
 def test_mountain_car_stands_where_it_is_put_and_is_judged_there():
@@ -639,7 +640,9 @@ def test_sac_learns_to_hold_the_pole_longer():
     (["--prompt", "x", "--env-id", "Hopper-v5", "--landscape", "foot_joint"], "--landscape is for"),
     (["--prompt", "x", "--env-id", "Hopper-v5", "--alpha", "0.5"], "--baseline"),
     (["--prompt", "a cart", "--env-id", "InvertedPendulum-v5", "--alpha", "0.5"], "--baseline"),
+    (["--prompt", "a cart", "--env-id", "InvertedPendulum-v5", "--landscape", "hinge"], "--baseline"),
     (["--prompt", "A humanoid robot", "--alpha", "1"], "must differ"),
+    (["--prompt", "a", "humanoid", "robot"], "in quotes"),
     (["--eval", "{tmp}/old", "--alpha", "0.5"], "without other flags"),
     (["--view", "{tmp}/missing"], "is not a run's folder"),
     (["--view", "{tmp}/old", "--eval", "{tmp}/old"], "exclude each other"),
@@ -667,6 +670,7 @@ def test_bad_input_is_one_line_and_exit_code_2(argv, message, tmp_path, capsys, 
     (tmp_path / "garbled/open_clip_config.json").write_text("{{")
     (tmp_path / "file").touch()
     before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(sac, "exit_at_once", sys.exit)
     with pytest.raises(SystemExit) as stop:
         sac.exit_with_one_line(lambda: vlmrm.main([a.format(tmp=tmp_path) for a in argv]))
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning: ")]
@@ -695,7 +699,8 @@ def test_random_weights_only_when_asked_for():
         CLIPReward("a dog", clip="RN50-quickgelu/")
 
 
-def test_no_opengl_says_what_to_install(tmp_path):
+@pytest.mark.parametrize("argv, expected", [(["--task", "kneeling"], "libegl1"), (["--env-id", "Hopper-v5", "--prompt", "a robot"], "cannot be drawn")])
+def test_no_opengl_says_what_to_install(argv, expected, tmp_path):
     code = ("import sys, builtins, importlib.abc\n"
             "class Missing(importlib.abc.MetaPathFinder):\n"
             "    def find_spec(self, name, *rest):\n"
@@ -703,10 +708,10 @@ def test_no_opengl_says_what_to_install(tmp_path):
             "sys.meta_path.insert(0, Missing())\n"
             f"sys.path.insert(0, {str(HERE)!r})\n"
             "import sac, vlmrm\n"
-            "sac.exit_with_one_line(lambda: vlmrm.main(['--task', 'kneeling']))\n")
-    process = run("-c", code, cwd=tmp_path, MUJOCO_GL="")
+            f"sac.exit_with_one_line(lambda: vlmrm.main({argv}))\n")
+    process = run("-c", code, cwd=tmp_path, MUJOCO_GL="egl" if "Hopper-v5" in argv else "")
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 2 and "libegl1" in err and "Traceback" not in err and not list(tmp_path.iterdir())
+    assert process.returncode == 2 and expected in err and "Traceback" not in err and not list(tmp_path.iterdir())
 
 
 def test_training_end_to_end_and_a_second_run_beside_the_first(tmp_path, monkeypatch, capsys):
@@ -794,6 +799,8 @@ def test_landscape_is_the_reward_along_a_joint(tmp_path, monkeypatch):
     expected = CLIPReward(TASKS["kneeling"].prompt, alpha=0.75)(world.render()).item()
     assert knee["alpha_075"][70] == pytest.approx(expected, abs=1e-4)
     assert Image.open("knee/landscape.png").size == (640, 240)
+    vlmrm.main(["--landscape", "hinge", "--task", "kneeling", "--env-id", "InvertedPendulum-v5", "--baseline", "a cart", "--out", "other"])
+    assert Path("other/landscape.csv").exists()  # the task's posture is of another body
 
 
 @pytest.mark.parametrize("argv, expected", [
@@ -999,12 +1006,12 @@ def test_interrupted_while_a_full_replay_overwrites_its_oldest_rows_it_goes_on_t
 
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch, capsys):
     path = tmp_path / "last.pt"
-    vlmrm.save(path, {"step": 1})
+    assert vlmrm.save(path, {"step": 1})
 
     def full(file):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr("os.fsync", full)
-    vlmrm.save(path, {"step": 2})
+    assert not vlmrm.save(path, {"step": 2})
     assert vlmrm.load(path, dict) == {"format": vlmrm.FORMAT, "step": 1} and list(tmp_path.iterdir()) == [path]
     assert "No space left on device" in capsys.readouterr().err
 
@@ -1016,8 +1023,8 @@ class Malice:
 
 @pytest.mark.parametrize("content, message", [
     (b"", "damaged"), (b"PK", "damaged"), (None, "damaged"), ({"format": 0}, "format 0"), ({"step": 3}, "KeyError"), ([1], "TypeError"),
-    ({"format": 2, "agent": Malice()}, "damaged"), ({"format": 2, "agent": {}}, "does not fit"), ({"format": 2}, "does not fit"),
-    ({"format": 2, "agent": {"log_temperature": torch.zeros(3)}}, "does not fit"),
+    ({"format": vlmrm.FORMAT, "agent": Malice()}, "damaged"), ({"format": vlmrm.FORMAT, "agent": {}}, "does not fit"), ({"format": vlmrm.FORMAT}, "does not fit"),
+    ({"format": vlmrm.FORMAT, "agent": {"log_temperature": torch.zeros(3)}}, "does not fit"),
 ])
 def test_files_from_others_are_refused_and_run_nothing(content, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -1025,7 +1032,7 @@ def test_files_from_others_are_refused_and_run_nothing(content, message, tmp_pat
     if isinstance(content, (dict, list)):
         torch.save(content, folder / "last.pt")
     else:
-        torch.save({"format": 2, "agent": torch.zeros(1000)}, folder / "last.pt")
+        torch.save({"format": vlmrm.FORMAT, "agent": torch.zeros(1000)}, folder / "last.pt")
         (folder / "last.pt").write_bytes((folder / "last.pt").read_bytes()[:2000] if content is None else content)  # None: truncated
     with pytest.raises(UsageError, match=message):
         vlmrm.main(["--resume", str(folder)])
@@ -1066,6 +1073,22 @@ def test_a_renderer_that_hangs_is_named(tmp_path):
     assert process.returncode == 1 and "renderer has not answered" in err and "Traceback" not in err and not list(tmp_path.iterdir())
 
 
+def test_ctrl_c_ends_a_run_whose_renderer_hangs(tmp_path):
+    code = ("import sys, time, sac, vlmrm\nvlmrm.Painter.paint = lambda self, states: print('drawing', flush=True) or time.sleep(1000)\n"
+            "sac.exit_with_one_line(lambda: vlmrm.main(['--task', 'cartpole', '--num-envs', '1']))")
+    process = run("-c", code, cwd=tmp_path, PYTHONPATH=str(HERE))
+    while "drawing" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == 130
+
+
+def test_mujocos_own_bad_setting_is_one_line(tmp_path):
+    process = run(HERE / "vlmrm.py", "--help", cwd=tmp_path, MUJOCO_GL="foo")
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 2 and err.startswith("error: MuJoCo does not load with MUJOCO_GL=foo") and err.count("\n") == 1
+
+
 def test_ctrl_c_says_how_to_go_on(tmp_path):
     process = run(HERE / "vlmrm.py", "--task", "cartpole", "--num-envs", "2", cwd=tmp_path)
     folder, deadline = tmp_path / "runs/pole-vertically-upright-on-top-of-the-cart", time.time() + 180
@@ -1086,7 +1109,8 @@ def test_sac_command_line_ends_with_the_mean_return(tmp_path):
 
 @pytest.mark.parametrize("argv, message", [(["--env-id", "CartPole-v1"], "Box"), (["--env-id", "Pendulumm-v1"], "Pendulum"),
                                            (["--steps", "0"], "--steps")])
-def test_sac_command_line_bad_input(argv, message, capsys):
+def test_sac_command_line_bad_input(argv, message, capsys, monkeypatch):
+    monkeypatch.setattr(sac, "exit_at_once", sys.exit)
     with pytest.raises(SystemExit) as stop:
         sac.exit_with_one_line(lambda: sac.main(argv))
     assert stop.value.code == 2 and message in capsys.readouterr().err

@@ -16,10 +16,9 @@ where alpha = 0 gives Eq. 2 and alpha = 1 keeps only what lies along the way fro
                       move the labelled transitions to the replay buffer                     sac.Replay.add
                       update actor, critic and temperature on minibatches                    sac.SAC.update
 
-This file reads in that order: the reward, CLIP, the tasks, the world and its pictures, training, the command line.
+This file reads in that order: the reward, the tasks, the world and its pictures, training, evaluation, the command line.
 """
 import argparse
-import bisect
 import copy
 import csv
 import difflib
@@ -54,8 +53,9 @@ try:
     import mujoco
     import mujoco.batch
 except (AttributeError, ImportError, RuntimeError) as error:  # a library that MUJOCO_GL asks for is missing
-    sys.exit(f"vlmrm.py: MuJoCo does not load with MUJOCO_GL={os.environ.get('MUJOCO_GL')} ({error}). Unset MUJOCO_GL, or "
-             "install what it needs (Debian, Ubuntu: apt install libegl1 libgl1-mesa-dri)")
+    print(f"error: MuJoCo does not load with MUJOCO_GL={os.environ.get('MUJOCO_GL')} ({error}). Unset MUJOCO_GL, or "
+          "install what it needs (Debian, Ubuntu: apt install libegl1 libgl1-mesa-dri)", file=sys.stderr)
+    sys.exit(2)
 
 os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa's software renderer is 1.5 times as fast without helpers of its own
 TINY_CLIP = Path(__file__).resolve().parent / "tiny_clip"
@@ -79,7 +79,8 @@ def goal_baseline_reward(s, g, b, alpha):
 class CLIPReward(nn.Module):
     """Rewards of pictures: `reward(frames)` with frames uint8 (N, H, W, 3) -> float32 (N,) on `device`.
 
-    prompts, baselines: a string or several, which are embedded, normalised and averaged. alpha: Eq. 3, in [0, 1].
+    prompts, baselines: a string or several, which are embedded, normalised and averaged (as in the original the mean is not
+    normalised again: then alpha = 0 is the cosine but for scale and offset). alpha: Eq. 3, in [0, 1].
     clip: "architecture/pretrained tag" of open_clip, or a folder with open_clip_config.json and weights. `image_size` is what
     to render: pictures of that size are not resized. Only the image tower stays, in half precision on CUDA; nothing is
     trained. Raises UsageError for bad prompts, unknown names and missing weights; `random_weights=True` (for tests and
@@ -121,8 +122,8 @@ class CLIPReward(nn.Module):
         """The model's own open_clip preprocessing, on the device: uint8 (N, H, W, 3) -> float (N, 3, h, w)."""
         x = frames.permute(0, 3, 1, 2)                                                              # (N, 3, H, W)
         for step in self.resizing:
-            if isinstance(step, open_clip.transform.ResizeKeepRatio):  # it asks a PIL picture for width and height
-                size = step.get_params(SimpleNamespace(size=x.shape[:-3:-1]), step.size, step.longest)
+            if isinstance(step, open_clip.transform.ResizeKeepRatio):  # it asks a PIL picture for (width, height)
+                size = step.get_params(SimpleNamespace(size=(x.shape[3], x.shape[2])), step.size, step.longest)
                 x = TF.resize(x, size, step.interpolation)
             else:
                 x = step(x)
@@ -219,7 +220,7 @@ def warn_of_cut_words(tokenizer, texts):
     """A text model reads only so many tokens; words beyond them change nothing, and the person who wrote them should know."""
     for text in texts:
         words, tokens = text.split(), tokenizer([text])
-        kept = bisect.bisect_left(range(len(words)), True, key=lambda n: torch.equal(tokenizer([" ".join(words[:n])]), tokens))
+        kept = next((n for n in range(len(words)) if torch.equal(tokenizer([" ".join(words[:n])]), tokens)), len(words))
         if kept < len(words):
             end = " ".join(words[kept:])[:200]
             print(f"warning: the prompt is too long for the text model, which does not see its end: {end!r}", file=sys.stderr)
@@ -280,7 +281,7 @@ def arms_crossed(world):
     return on_feet(world) & crossed[0] & crossed[1]
 
 
-SIDES = {"right": -1, "left": 1}  # and where they are on the robot's y axis
+SIDES = {"right": -1, "left": 1}  # the sign of their y in the body's frame, which points left
 
 
 def knee(world, side):
@@ -320,7 +321,7 @@ def upright(world):
 
 
 def on_feet(world):
-    """The torso is upright, the pelvis at least at 0.8 of its 0.97 m, and a foot on the floor."""
+    """The torso is upright, the pelvis higher than 0.8 m (0.97 m when standing), and a foot on the floor."""
     return upright(world) & (world.point("pelvis")[:, 2] > 0.8) & (np.minimum(*(foot_gap(world, side) for side in SIDES)) < 0.03)
 
 
@@ -466,6 +467,8 @@ class World(gym.vector.VectorEnv):
         ids = np.flatnonzero((options or {}).get("reset_mask", np.ones(self.num_envs, bool)))
         if seed is not None:
             self.rngs = [gym.utils.seeding.np_random(seed + i)[0] for i in range(self.num_envs)]
+        self.bits = [rng.bit_generator.state for rng in self.rngs]  # with these `restore` repeats this reset
+        # Stage NONE: the state is written below, and forward() computes the rest.
         self.batch.reset(ids, stage=mujoco.mjtStage.mjSTAGE_NONE)
         for i in ids:
             noise = lambda n: self.rngs[i].uniform(-self.reset_noise_scale, self.reset_noise_scale, n)
@@ -482,6 +485,7 @@ class World(gym.vector.VectorEnv):
 
     def step(self, action):
         self.ctrl[:] = action
+        # As after mj_step, xpos and xmat would lag by a substep; the criteria need them at the new state.
         self.batch.step(nstep=self.scene.frame_skip, stage=mujoco.mjtStage.mjSTAGE_POS)
         self.elapsed += 1
         reward = np.zeros(self.num_envs) if self.goal is None else self.goal(self).astype(float)
@@ -499,18 +503,6 @@ class World(gym.vector.VectorEnv):
             raise RunError(f"the renderer has not answered for {PATIENCE} s. Known causes: too many processes that draw on one GPU (start "
                            "fewer), a driver without EGL (NVIDIA_DRIVER_CAPABILITIES=all), CUDA and EGL on different GPUs "
                            "(MUJOCO_EGL_DEVICE_ID)") from None
-
-    def get_state(self):
-        """What `put_state` needs to continue to the bit, between two episodes."""
-        return {"qpos": self.qpos.tolist(), "qvel": self.qvel.tolist(), "rngs": [rng.bit_generator.state for rng in self.rngs]}
-
-    def put_state(self, state):
-        """Back to where get_state was called."""
-        self.batch.reset(stage=mujoco.mjtStage.mjSTAGE_NONE)
-        self.set_state(state["qpos"], state["qvel"])
-        self.elapsed[:] = 0
-        for rng, bits in zip(self.rngs, state["rngs"]):
-            rng.bit_generator.state = bits
 
     def close_extras(self, **kwargs):
         if self.painter:
@@ -645,18 +637,18 @@ class GymWorld(gym.vector.VectorWrapper):
         self.env_id, self.episode_length, self.goal = env_id, episode_length, goal
         self.reset()  # only then it can be drawn
 
+    @property
+    def rngs(self):
+        return [env.unwrapped.np_random for env in self.env.envs]
+
     def reset(self, *, seed=None, options=None):
-        self.bits = [env.unwrapped.np_random.bit_generator.state for env in self.env.envs]
+        self.bits = [rng.bit_generator.state for rng in self.rngs]
         self.obs, info = self.env.reset(seed=seed, options=options)
         return self.obs, info
 
     def step(self, action):
         self.obs, reward, *rest = self.env.step(action)
         return self.obs, self.goal(self).astype(float) if self.goal else reward, *rest
-
-    def observe(self):
-        """Observations (num_envs, obs_dim) of the current states."""
-        return self.obs
 
     def set_state(self, states):
         """Put mountain cars, which observe just their state, into states (num_envs, 2)."""
@@ -668,18 +660,8 @@ class GymWorld(gym.vector.VectorWrapper):
         """Pictures of the current states, uint8 (num_envs, height, width, 3)."""
         try:
             return np.stack(self.env.render())
-        except gym.error.DependencyNotInstalled as error:
-            raise UsageError(f"--env-id {self.env_id} cannot be drawn: {error}") from None
-
-    def get_state(self):
-        """What `put_state` needs to continue to the bit after a reset of all simulations: the random states before it."""
-        return {"rngs": self.bits}
-
-    def put_state(self, state):
-        """Back to where get_state was called."""
-        for env, bits in zip(self.env.envs, state["rngs"]):
-            env.unwrapped.np_random.bit_generator.state = bits
-        self.reset()
+        except (AttributeError, ImportError, RuntimeError, gym.error.DependencyNotInstalled) as error:  # no OpenGL or no pygame
+            raise UsageError(f"--env-id {self.env_id} cannot be drawn: {' '.join(str(error).split())}") from None
 
 
 def make_world(config, num_envs, image_size):
@@ -709,6 +691,7 @@ CLASSIC = dict(
     gamma=0.99, tau=0.01, lr=1e-3, hidden=128, temperature=0.1, layer_norm=True, reward_std=0.3, reset_noise_scale=0.05,
     eval_every=9_600)
 TEST_EPISODES = 25  # per call of `evaluate`; they start as differently as in training, humanoids by 2 times Gymnasium's noise
+# Seeds apart: + 1,000,000 chooses the best policy, + 2,000,000 tests it, + 3,000,000 is --eval's.
 
 
 def evaluate(world, policy, label, seed):
@@ -793,13 +776,13 @@ def new_folder(config, name=""):
             raise UsageError(f"cannot make the folder {folder}: {error.strerror}. Name another with --out") from None
 
 
-FORMAT = 2  # of checkpoints
+FORMAT = 3  # of checkpoints
 
 
 def save(path, content):
     """Write a checkpoint aside, flush it, rename it: at any moment `path` is the old file or the new one, whole.
 
-    Where that fails (a full disk), the old one stays, one line says so, and training goes on.
+    True; where it fails (a full disk) the old one stays, one line says so, and training goes on.
     """
     aside = path.with_suffix(".tmp")
     try:
@@ -808,6 +791,7 @@ def save(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
+        return True
     except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError
         aside.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free / 1e6
@@ -820,7 +804,8 @@ def load(path, put):
         content = torch.load(path, weights_only=True, map_location="cpu")
         version = content["format"]
     except Exception as error:  # unpickling raises nearly anything
-        raise UsageError(f"{path} is damaged or no checkpoint of vlmrm.py ({type(error).__name__})") from None
+        raise UsageError(f"{path} is missing (a run writes it at its first test), damaged, or no checkpoint of vlmrm.py "
+                         f"({type(error).__name__})") from None
     if version != FORMAT:
         raise UsageError(f"{path} has format {version}, this vlmrm.py reads format {FORMAT}: use the version that wrote it")
     try:
@@ -837,7 +822,7 @@ def snapshot(now, world, agent, replay, best):
     networks = copy.deepcopy({"agent": agent.state_dict()} | {name: getattr(agent, name).state_dict() for name in OPTIMIZERS})
     return networks | {"step": now["step"], "block": tuple(now["block"]), "reward": torch.as_tensor(now["reward"]),
                        "truth": torch.as_tensor(now["truth"]), "best": float(best),
-                       "world": world.get_state(), "size": replay.size, "next": replay.next, "torch": torch.get_rng_state(),
+                       "world": world.bits, "size": replay.size, "next": replay.next, "torch": torch.get_rng_state(),
                        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []}
 
 
@@ -849,10 +834,11 @@ def restore(saved, world, agent, replay):
     for store, rows in zip(replay.data, saved.pop("rows")):
         store[:saved["size"]] = rows
     replay.size, replay.next = saved["size"], saved["next"]
-    world.put_state(saved["world"])
+    for rng, bits in zip(world.rngs, saved["world"]):
+        rng.bit_generator.state = bits
     torch.set_rng_state(saved["torch"])
     torch.cuda.set_rng_state_all(saved["cuda"])
-    return saved, {"step": saved["step"], "obs": world.observe(), "block": saved["block"], "reward": saved["reward"].numpy(),
+    return saved, {"step": saved["step"], "obs": world.reset()[0], "block": saved["block"], "reward": saved["reward"].numpy(),
                    "truth": saved["truth"].numpy()}
 
 
@@ -886,6 +872,7 @@ def train(config):
     steps = -(-config.steps // per_iteration) * per_iteration
     replay = sac.Replay(max(config.replay, per_iteration) // config.processes, world.single_observation_space.shape[0],
                         world.single_action_space.shape[0], config.device)
+    # memory: the run as it was just before its last replay.add, which is what a checkpoint holds.
     folder, resume, memory, best = config.resume, None, {}, -np.inf
     if folder and (folder / "last.pt").is_file():
         memory, resume = load(folder / "last.pt", lambda saved: restore(saved, world, agent, replay))
@@ -903,7 +890,7 @@ def train(config):
     announce(config, label)
     test_world = make_world(config, TEST_EPISODES, label.image_size if label else 64)
     folder, start = folder or new_folder(config), time.time()
-    rows = lambda: [store[:memory["size"]].clone() for store in replay.data]
+    rows = lambda: [store[:memory["size"]].clone() for store in replay.data]  # of a view all of the buffer would be saved
     checkpoint = lambda: config.processes == 1 and save(folder / "last.pt", memory | {"rows": rows()})
     print(f"writing to {folder}", flush=True)
     try:
@@ -918,9 +905,8 @@ def train(config):
                     returns, success = evaluate(test_world, it["policy"], label, config.seed + 1_000_000)
                     row |= {"test_return": returns.mean(), "test_success": success.mean() if config.goal else ""}
                     checkpoint()
-                    if returns.mean() > best:
+                    if returns.mean() > best and save(folder / "best.pt", {"step": step, "agent": it["policy"].state_dict()}):
                         best = returns.mean()
-                        save(folder / "best.pt", {"step": step, "agent": it["policy"].state_dict()})
                 log(row, it["seconds"], file, bar)
     except KeyboardInterrupt:
         if memory:
@@ -941,7 +927,7 @@ def finish(config, folder, label, world, policy, start):
         film(policy, config, label, folder)
     print(f"best policy, {len(returns)} deterministic episodes: {'CLIP' if label else 'criterion'} return {returns.mean():.2f}"
           + (f", success rate {success.mean():.0%}" if config.goal else "")
-          + f", {(time.time() - start) / 60:.1f} minutes in all; see {folder}", flush=True)
+          + f", {(time.time() - start) / 60:.1f} minutes; see {folder}", flush=True)
 
 
 def progress(folder, step):
@@ -1102,10 +1088,10 @@ def landscape(config):
     world, name = make_world(config, 101, reward.image_size), config.landscape
     if config.env_id in SCENES:
         model = world.model
-        state = posture(model, **TASKS[config.task].posture) if config.task and TASKS[config.task].posture else model.qpos0
+        state = posture(model, **TASKS[config.task].posture) if config.goal and TASKS[config.task].posture else model.qpos0
         axes = {model.joint(i).name: (model.jnt_qposadr[i], *model.jnt_range[i]) for i in range(model.njnt) if model.jnt_limited[i]}
     else:
-        state, axes = world.observe()[0], {"position": (0, -1.2, 0.6)}
+        state, axes = world.obs[0], {"position": (0, -1.2, 0.6)}
     if name not in axes:
         raise UsageError(f"--landscape {name}: no such joint in {config.env_id}; there are {', '.join(axes)}")
     column, low, high = axes[name]
@@ -1198,14 +1184,12 @@ def choose_goal(args):
         if args.looks or args.landscape and args.env_id != TASKS["mountaincar"].env_id:
             raise UsageError(f"--{'looks' if args.looks else 'landscape'} is for --env-id {' and '.join(SCENES)}; Gymnasium draws {args.env_id}")
         args.looks = "Gymnasium's own"
-    if args.alpha > 0 and args.baseline is None and args.env_id != named.env_id:
+    if (args.alpha > 0 or args.landscape is not None) and args.baseline is None and args.env_id != named.env_id:
         raise UsageError(f"with alpha > 0 say what a picture of {args.env_id} shows anyway: --baseline \"a one-legged robot\"")
     args.baseline = named.baseline if args.baseline is None else args.baseline
     args.goal = named.goal if args.env_id == named.env_id else None
-    if args.eval is not None and args.goal is None:
-        raise UsageError(f"--eval needs a criterion to judge rewards by: add --task {', --task '.join(TASKS)}")
-    if args.reward == "truth" and args.goal is None:
-        raise UsageError(f"--reward truth needs a task with a criterion: --task {', --task '.join(TASKS)}")
+    if args.goal is None and (args.eval is not None or args.reward == "truth"):
+        raise UsageError(f"--eval and --reward truth need a criterion: add --task {', --task '.join(TASKS)}")
 
 
 def choose_settings(args):
@@ -1226,7 +1210,8 @@ def choose_settings(args):
     vars(args).update({name: value for name, value in settings.items() if getattr(args, name, None) is None})
     if args.eval is None:
         if len(args.prompt) > 1 or len(args.clip) > 1:
-            raise UsageError("several --prompt or --clip are for comparing them: --eval without a run's folder. Train with one of each")
+            raise UsageError("several --prompt or --clip are for comparing them: --eval without a run's folder. Train with one of "
+                             "each; a sentence goes in quotes: --prompt \"a humanoid robot kneeling\"")
         args.prompt, args.clip = args.prompt[0], args.clip[0]
     if lesson and args.rank == 0 and args.eval is None and args.landscape is None:
         print("lesson: tiny_clip and settings that end in minutes. The paper's run needs a CUDA GPU: --clip " + PAPER["clip"])

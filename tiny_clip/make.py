@@ -374,18 +374,11 @@ def score(model, frames, prompt):
                            for part in np.split(frames, range(500, len(frames), 500))])
 
 
-def auroc(score, label):
-    """Probability that a true state scores higher than a false one (ties aside)."""
-    rank = score.argsort().argsort() + 1
-    n1, n0 = label.sum(), (~label).sum()
-    return (rank[label].sum() - n1 * (n1 + 1) / 2) / (n1 * n0)
-
-
 def report(model, concept, frames, truth):
     goal = truth[:, CONCEPTS.index(concept)]
     s = score(model, frames, vlmrm.TASKS[concept].prompt)
     label = goal > TRUE - 1.0
-    print(f"  {concept}, states of a policy unseen: {len(frames)} pictures, {label.mean():.3f} true, AUROC {auroc(s, label):.3f}, "
+    print(f"  {concept}, states of a policy unseen: {len(frames)} pictures, {label.mean():.3f} true, AUROC {vlmrm.auroc(s, label):.3f}, "
           f"correlation with the log-odds {np.corrcoef(s, goal)[0, 1]:.3f}", flush=True)
 
 
