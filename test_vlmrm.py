@@ -260,14 +260,14 @@ def test_last_picture_is_of_the_last_state_and_observations_match_states():
     np.testing.assert_array_equal(block.obs[1:200], block.next_obs[:199])
 
 
-def test_original_looks_are_gymnasiums(egl):
-    world = World("Humanoid-v5", 1, 96, "original")
-    world.reset(seed=0)
-    ours = world.render()[0].astype(int)
-    theirs = gym.make("Humanoid-v5", render_mode="rgb_array", width=96, height=96)
+@pytest.mark.parametrize("env_id", WORLDS)
+def test_original_looks_are_gymnasiums(env_id, egl):
+    world, theirs = World(env_id, 1, 96, "original"), gym.make(env_id, render_mode="rgb_array", width=96, height=96)
     theirs.reset(seed=0)
-    expected = theirs.render().astype(int)
-    assert np.abs(ours - expected).mean() < 1  # edges are not smoothed, shadows are coarser
+    for steps in (0, 40):  # standing, and where the body has fallen to
+        theirs.unwrapped.do_simulation(world.single_action_space.high, 5 * steps)
+        world.set_state(theirs.unwrapped.data.qpos[None])
+        assert np.abs(world.render()[0].astype(int) - theirs.render()).mean() < 1  # edges are not smoothed, shadows are coarser
 
 
 @pytest.mark.parametrize("looks", ["paper", "original", "plain"])
@@ -743,7 +743,7 @@ def test_epic_and_auroc_against_closed_forms_and_counting():
     pairs = [(a > b) + 0.5 * (a == b) for a in reward[goal] for b in reward[~goal]]
     assert vlmrm.auroc(reward, goal) == pytest.approx(np.mean(pairs))
     assert math.isnan(vlmrm.epic(reward, goal & False)) and math.isnan(vlmrm.auroc(reward, goal & False))
-    assert vlmrm.hacked(np.array([1, 2, 3, 4.0]), np.array([True, False, False, True]), 2) == 0.25
+    assert vlmrm.hacked(np.arange(1, 6), np.array([True, False, False, False, True]), 2) == 0.4
 
 
 def test_eval_of_a_run_prints_a_table_and_writes_it(tmp_path, monkeypatch, capsys):
