@@ -973,8 +973,8 @@ def auroc(reward, goal):
 
 
 def hacked(reward, goal, goal_reward):
-    """Share of states that are paid better than `goal_reward` without being goal states: many: the picture model is fooled; few, and
-    few goal states: the optimiser is stuck."""
+    """Share of states that are paid better than `goal_reward` without being goal states. Many: the picture model is fooled; few, and
+    few goal states: the optimiser has not got there."""
     return float(((reward > goal_reward) & ~goal).mean())
 
 
