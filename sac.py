@@ -86,8 +86,8 @@ class Critic(nn.Module):
         x = torch.cat([(obs - self.obs_mean) / self.obs_std, action], -1)  # (B, obs_dim + dim(A))
         return self.net(x.expand(2, *x.shape)).squeeze(-1)  # a (2, B, 1) would broadcast with (B,)
 
-# (B, obs_dim), (B, action_dim) in [-1, 1], (B,), (B, obs_dim): at an episode's end its true last,
-# (B,): 0.0 also at a time limit.
+# B rows each. Actions are in [-1, 1]; next_obs is never that of a reset; terminated is 0.0 also at
+# a time limit.
 Transitions = namedtuple("Transitions", "obs action reward next_obs terminated")
 
 class Replay:
@@ -117,13 +117,13 @@ class Replay:
 
 class SAC(nn.Module):
     """`act` and `update`. `temperature` (alpha in SAC's papers) is the first entropy coefficient,
-    then learned. `policy`, which acts, is the actor's running average: following by `actor_tau` per
-    update it is steadier. 1.0, the usual SAC, is the actor itself."""
+    then learned. `policy`, which acts, is the actor's running average: steadier, it follows by
+    `actor_tau` per update (1.0: the usual SAC)."""
     def __init__(self, obs_dim, action_dim, *, gamma=0.99, tau=0.005, lr=3e-4, device="cpu",
                  hidden=256, actor_tau=1.0, temperature=1.0, layer_norm=False):
         super().__init__()
         self.gamma, self.tau, self.actor_tau = gamma, tau, actor_tau
-        self.target_entropy = -action_dim  # -1 nat for each dimension
+        self.target_entropy = -action_dim  # SAC's rule of thumb: -1 nat per dimension
         self.actor = Actor(obs_dim, action_dim, hidden)
         self.critic = Critic(obs_dim, action_dim, hidden, layer_norm)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
@@ -153,15 +153,15 @@ class SAC(nn.Module):
             network.obs_mean.copy_(batch.obs.mean(0))
             network.obs_std.copy_(batch.obs.std(0).clamp(min=0.05))
         self.reward_mean.copy_(batch.reward.mean())
-        self.reward_std.copy_(batch.reward.std().clamp(min=1e-6) / reward_std)
+        self.reward_std.copy_(batch.reward.std().clamp(min=1e-3) / reward_std)
         if dist.is_initialized():
             for statistic in self.buffers():
                 dist.broadcast(statistic, 0)
 
     @torch.no_grad()
     def q_target(self, batch):
-        """What both critics regress to, (B,). A true end masks the bootstrap, a time limit does
-        not: the task would have gone on (Pardo et al. 2018)."""
+        """(B,). A true end masks the bootstrap, a time limit does not: the task would have gone on
+        (Pardo et al. 2018)."""
         next_action, next_logp = self.actor.sample(batch.next_obs)
         next_q = self.target_critic(batch.next_obs, next_action).amin(0)  # (B,)
         next_v = next_q - self.log_temperature.exp() * next_logp  # (B,)
@@ -205,8 +205,8 @@ def descend(optimizer, loss):
     optimizer.step()
 
 def use_onednn():
-    """oneDNN instead of MKL, on AMD 1.4 times the updates/s (bench/). In spite of its name the
-    switch means bfloat16 only with AMX: there it stays off."""
+    """Products by oneDNN, not MKL: on AMD 1.4 times the updates/s (bench/). "bf16" selects it, in
+    float32 where there is no AMX."""
     if torch.cpu._is_avx512_supported() and not torch.cpu._is_amx_tile_supported():
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"
 
@@ -219,15 +219,18 @@ def run(main):
     try:
         main()
     except (KeyboardInterrupt, BrokenPipeError):
-        os._exit(130)  # without last words into a closed pipe
-    except (UsageError, OSError, gym.error.Error) as error:
+        os._exit(130)  # at once
+    except (UsageError, OSError, ImportError, gym.error.Error) as error:
         print("error:", *str(error).split(), file=sys.stderr)
         sys.exit(2)
 
 def make_envs(env_id, num_envs, **kwargs):
     """A VectorEnv that does not reset itself; else UsageError."""
     kwargs["vector_kwargs"] = {"autoreset_mode": "Disabled"}
-    envs = gym.make_vec(env_id, num_envs, "sync", **kwargs)
+    try:
+        envs = gym.make_vec(env_id, num_envs, "sync", **kwargs)
+    except (AssertionError, TypeError) as error:
+        raise UsageError(f"--env-id {env_id}: {error}")
     action, obs = envs.single_action_space, envs.single_observation_space
     continuous = isinstance(action, gym.spaces.Box) and action.dtype.kind == "f"
     if not continuous or not action.is_bounded() or len(obs.shape or ()) != 1:
@@ -236,7 +239,7 @@ def make_envs(env_id, num_envs, **kwargs):
     return envs
 
 def to_env(space, action):
-    """action (N, action_dim) in [-1, 1] -> (N, *space.shape) in the environment's own units."""
+    """action (N, action_dim) in [-1, 1] -> (N, *space.shape) in the environment's units."""
     low, high = space.low.astype(float), space.high.astype(float)
     return (low + (action.reshape(-1, *space.shape) + 1) / 2 * (high - low)).astype(space.dtype)
 

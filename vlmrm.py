@@ -34,14 +34,13 @@ try:
 except (AttributeError, RuntimeError):  # no OpenGL; the first picture will say so
     os.environ["MUJOCO_GL"] = "off"
     import mujoco
-
 TINY_CLIP = Path(__file__).resolve().parent / "tiny_clip"
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun
 
 # --- the reward (section 3)
 def goal_baseline_reward(s, g, b, alpha):
-    """Eq. 3 for unit vectors s (N, D) of states, g (D,) and b (D,) -> rewards (N,). What proj_L(s)
-    keeps of e = s - g is the part along g - b, so alpha in [0, 1] shrinks the rest."""
+    """Eq. 3 for unit vectors s (N, D), g (D,), b (D,) -> rewards (N,). proj_L(s) keeps the part of
+    e = s - g along g - b, so alpha in [0, 1] shrinks the rest."""
     u = nn.functional.normalize(g - b, dim=0)    # (D,)
     e = s - g                      # (N, D)
     along = e @ u                  # (N,)
@@ -61,17 +60,17 @@ class CLIPReward(nn.Module):
         if not 0 <= alpha <= 1:
             raise UsageError(f"alpha must be from 0 to 1, not {alpha}")
         clip = str(TINY_CLIP if clip == "tiny_clip" else clip)
-        warn_of_unknown(clip, prompts + baselines)
         self.dtype = torch.float16 if "cuda" in str(device) else torch.float32
         model, tokenizer = load_clip(clip, self.dtype)
+        warn_of_unknown(clip, prompts + baselines)
         model.to(device).eval().requires_grad_(False)
         for name, texts in (("goal", prompts), ("baseline", baselines)):
             vectors = model.encode_text(tokenizer(texts).to(device)).float()  # (texts, D)
             self.register_buffer(name, nn.functional.normalize(vectors, dim=-1).mean(0))  # (D,)
         if alpha > 0 and torch.allclose(self.goal, self.baseline, atol=1e-5):
             raise UsageError("with alpha > 0 --baseline and --prompt must differ")
-        self.alpha, self.visual = alpha, model.visual  # only the image tower stays
-        self.visual.output_tokens = False  # CoCa's would return more than the embedding
+        self.alpha, self.clip, self.visual = alpha, clip, model.visual  # only the image tower stays
+        self.visual.output_tokens = False  # of CoCa
         config = open_clip.transform.PreprocessCfg(**model.visual.preprocess_cfg)
         self.transform = open_clip.transform.image_transform_v2(config, is_train=False)
         self.size = tuple(np.broadcast_to(config.size, 2).tolist())
@@ -91,7 +90,7 @@ class CLIPReward(nn.Module):
     def embed(self, frames):
         """Pictures uint8 (N, H, W, 3), array or tensor -> unit vectors s (N, D), float32."""
         if not torch.is_tensor(frames):
-            frames = np.ascontiguousarray(frames)  # torch refuses the negative strides of a flip
+            frames = np.ascontiguousarray(frames)  # torch refuses a flip's negative strides
         if "uint8" not in str(frames.dtype) or frames.ndim != 4 or frames.shape[3] != 3:
             raise UsageError("pictures must be uint8 (N, H, W, 3), 0 to 255, not "
                              f"{frames.dtype} {tuple(frames.shape)}")
@@ -108,13 +107,14 @@ def load_clip(clip, dtype=torch.float32):
     elif clip not in names and tag != "random":
         near = ", ".join(difflib.get_close_matches(clip, names, 5, 0.0))
         raise UsageError(f"--clip {clip}: no folder and no pretrained model; near: {near}")
-    logging.disable(logging.ERROR)  # what open_clip logs comes back in the exception
+    logging.disable(logging.ERROR)  # it comes back in the exception
     torch.set_default_dtype(dtype)  # or it builds in float32: 10 GB on the host for ViT-bigG-14
     try:
         tokenizer, untrained = open_clip.get_tokenizer(name), tag == "random"
-        return open_clip.create_model(name, None if untrained else tag,
+        quick = "quick_gelu" in str(open_clip.get_pretrained_cfg(name, tag))
+        return open_clip.create_model(name, None if untrained else tag, force_quick_gelu=quick,
                                       require_pretrained=not untrained), tokenizer
-    except Exception as error:  # of many kinds
+    except Exception as error:
         raise UsageError(f"--clip {clip} does not load: {str(error)[:200]}. Offline: tiny_clip or "
                          "a folder with open_clip_config.json, open_clip_model.safetensors")
     finally:
@@ -134,8 +134,8 @@ def warn_of_unknown(clip, texts, env_id=None):
 class WithCLIPReward(gym.wrappers.TransformReward):
     """A Gymnasium environment with another reward: that of its picture after each step."""
     def __init__(self, env, reward):
+        gym.utils.RecordConstructorArgs.__init__(self, reward=reward, _disable_deepcopy=True)
         super().__init__(drawing(env), lambda _: reward(np.asarray(env.render())[None]).item())
-        gym.utils.RecordConstructorArgs.__init__(self, reward=reward)  # for gym.make(env.spec)
 
 class WithCLIPRewards(gym.wrappers.vector.TransformReward):
     """The same for a vector of environments, encoded together: rewards float32 (num_envs,)."""
@@ -162,12 +162,12 @@ TASKS = {
     "arms-crossed": Task(STANDING + ", with its arms crossed"),
     "cartpole": Task("pole vertically upright on top of the cart", "InvertedPendulum-v5",
                      "pole and cart")}
-X, Y, Z, CENTRE = range(4)  # a body's front, its left, up
+X, Y, Z, CENTRE = range(4)  # [..., world axis, body axis: front, left, up, or its centre]
 MIRROR = np.array([[[1, -1, 1, 1]], [[1, 1, 1, 1]]])  # a right limb's Y points outwards, too
 
 class Humanoid:
-    """Frames of bodies in states qpos (N, nq): (N, k, 3, 4), axes X, Y, Z and centre, in m; k = 2,
-    right and left, for limbs. frame @ (x, y, z, 1) is a point in the world."""
+    """Frames of bodies in states qpos (N, nq), (N, k, 3, 4), m; k = 2, right and left, for limbs.
+    frame @ (x, y, z, 1) is a point in the world."""
     def __init__(self, model, qpos):
         data, frames = mujoco.MjData(model), []
         for data.qpos[:] in qpos:
@@ -188,10 +188,10 @@ class Humanoid:
     def goals(self):
         """Task -> (N,) bool: in numbers what the paper's human rater looked for."""
         torso, pelvis, hands, shin = self.torso, self.pelvis, self.hands, self.shin
-        upright = torso[:, 0, Z, Z] > 0.8  # within 37 degrees of the vertical
+        upright = torso[:, 0, Z, Z] > 0.8  # 37 degrees from vertical
         tall = upright & (pelvis[:, 0, Z, CENTRE] > 0.8)  # 0.97 when standing
         on_feet = tall & (self.foot_gap < 0.03).any(1)
-        seated = pelvis[:, 0, Z, CENTRE] < 0.2  # a capsule of radius 0.09, which tilts
+        seated = pelvis[:, 0, Z, CENTRE] < 0.2  # a capsule of radius 0.09
         on_knees = (shin[..., Z, X] < -0.5) & (self.knee_gap < 0.015)
         knees, feet = self.outwards(pelvis, shin[..., CENTRE]), self.outwards(pelvis, self.feet)
         crossed = (knees > 0.2) & (feet < knees - 0.1) & (self.knee_gap < 0.1)
@@ -215,18 +215,18 @@ class Humanoid:
 HUMANOID = {f"include_{part}_in_observation": False  # the 45 numbers that remain are the state
             for part in ("cinert", "cvel", "qfrc_actuator", "cfrc_ext")}
 ENVS = {"Humanoid-v5": HUMANOID | {"terminate_when_unhealthy": False}, "InvertedPendulum-v5": {}}
-CAMERAS = {  # distance in m, azimuth and elevation in degrees, lookat in m
+CAMERAS = {  # distance, azimuth, elevation, lookat
     "Humanoid-v5 paper": (3.5, 180, -10, (0, 0, 1)),
     "Humanoid-v5 plain": (2.3, 125, -15, (0, 0, 0.65)),
     "InvertedPendulum-v5 paper": (2.2, 90, 0, (0, 0, 0.2)),
     "InvertedPendulum-v5 plain": (2.2, 90, 0, (0, 0, 0.2))}
 LOOKS = "paper", "plain", "original"  # the last is Gymnasium's
-TEXTURES = {  # of the paper: a sky, metal (white with grey specks), grey tiles with light joints
+TEXTURES = {  # of "paper": a sky, metal with specks, tiles with joints
     "": dict(rgb1=(0.85, 0.92, 1), rgb2=(0.25, 0.45, 0.8)),
     "texgeom": dict(rgb1=(0.95,) * 3, rgb2=(0.85,) * 3, markrgb=(0.6, 0.6, 0.65), random=0.1,
                     builtin=1, mark=3),  # a gradient, random specks
     "texplane": dict(rgb1=(0.45, 0.45, 0.47), rgb2=(0.5, 0.5, 0.52), markrgb=(0.8,) * 3, mark=1)}
-COLOURS = {  # of "plain", for small picture models, each part that a caption may be about
+COLOURS = {  # of "plain": parts that captions are about
     "thigh": (0.85, 0.15, 0.1), "shin": (1, 0.6, 0.1), "foot": (0.5, 0.2, 0.6),
     "arm": (0.2, 0.7, 0.2), "hand": (0.6, 0.9, 0.3), "head": (0.95, 0.9, 0.8),
     "floor": (0.75,) * 3, "rail": (0.6,) * 3, "cart": (0.85, 0.15, 0.1), "": (0.15, 0.3, 0.8)}
@@ -258,7 +258,7 @@ def dress(spec, looks, size):
         material.reflectance, material.specular, material.shininess = 0, 1, 1
 
 class Endless(gym.Wrapper):
-    """Without an end, which tells the task. Discrete(n) becomes n numbers; the largest counts."""
+    """Never ends: an end would tell the task. Discrete(n) is n numbers, the largest acts."""
     def __init__(self, env):
         super().__init__(env)
         self.ended, self.discrete = False, isinstance(env.action_space, gym.spaces.Discrete)
@@ -277,7 +277,7 @@ class Endless(gym.Wrapper):
         return obs, 0.0, False, False, info
 
 class World(gym.vector.VectorWrapper):
-    """Gymnasium's simulations, drawn and judged together; states of MuJoCo's are qpos (N, nq)."""
+    """Gymnasium's simulations, drawn and judged together; MuJoCo's states are qpos (N, nq)."""
     def __init__(self, cfg, num_envs, image_size=64):
         args = dict(render_mode="rgb_array", max_episode_steps=-1, wrappers=(Endless,))
         if cfg.env_id in ENVS:
@@ -317,7 +317,7 @@ class World(gym.vector.VectorWrapper):
         self.model, self.camera = spec.compile(), mujoco.MjvCamera()
         self.data = mujoco.MjData(self.model)
         view = zip(("distance", "azimuth", "elevation", "lookat"), CAMERAS.get(self.view, ()))
-        for name, value in (dict(view) or sim.mujoco_renderer.default_cam_config).items():
+        for name, value in (dict(view) or sim.mujoco_renderer.default_cam_config or {}).items():
             setattr(self.camera, name, value)
         try:
             self.renderer = mujoco.Renderer(self.model, size, size)
@@ -332,7 +332,7 @@ class World(gym.vector.VectorWrapper):
 # --- Algorithm 1
 @dataclass
 class Config:
-    """The settings of a run: its config.json, and the flags of the command line."""
+    """The settings of a run: config.json, and the command line's flags."""
     prompt: str = ""  # the goal in words
     task: str = ""  # the goal by name, with its criterion
     baseline: str = ""  # what the picture shows anyway
@@ -362,17 +362,19 @@ class Config:
     def __post_init__(self):
         names = {fold(task.prompt): name for name, task in TASKS.items()}
         self.task = self.task or names.get(fold(self.prompt), "")
+        if self.task not in (*TASKS, ""):
+            raise UsageError(f"--task is one of {', '.join(TASKS)}")
         task = TASKS.get(self.task, Task(self.prompt))
         if self.env_id not in ("", task.env_id):  # another world: this criterion is not of it
             self.task, task = "", task._replace(baseline="" if self.alpha else task.baseline)
         for name, value in task._asdict().items():
             setattr(self, name, getattr(self, name) or value)
-        if self.task not in (*TASKS, "") or not fold(self.prompt) or not fold(self.baseline):
-            raise UsageError(f"give --prompt, --baseline, or --task: {', '.join(TASKS)}")
+        if not fold(self.prompt) or not fold(self.baseline):
+            raise UsageError(f"give --prompt and --baseline, or --task: {', '.join(TASKS)}")
         if self.looks not in LOOKS or self.reward not in ("clip", "truth")[:1 + bool(self.task)]:
             raise UsageError(f"--looks: {', '.join(LOOKS)}; --reward: clip or, of a --task, truth")
         for name, value in asdict(self).items():
-            zero = name in ("alpha", "seed", "learning_starts", "layer_norm", "reward_std")
+            zero = name in ("alpha", "seed", "layer_norm", "reward_std")
             most = 1 if name in ("alpha", "gamma", "tau", "actor_tau", "lr_end") else 1e10
             if not isinstance(value, str) and not (0 < value <= most or zero and value == 0):
                 raise UsageError(f"--{name.replace('_', '-')} {value} is not in (0, {most:g}]")
@@ -385,45 +387,44 @@ CARTPOLE = dict(steps=64_000, num_envs=16, episode_length=200, updates=300, lear
 
 class Clock(Counter):
     """Seconds of each part; lap(part) adds those since the lap before."""
-    now = time.perf_counter()
     def lap(self, part):
         before, self.now = self.now, time.perf_counter()
         self[part] += self.now - before
 
 def rollout(world, policy, seed, label, clock):
-    """One episode of each simulation, (T, N, ...): obs, action in [-1, 1], reward, next_obs and
-    whether the goal holds there. The reward is label(picture of next_obs) or, without, the goal."""
+    """An episode of each simulation, (T, N, ...): obs, action in [-1, 1], reward, next_obs, whether
+    the goal holds there. The reward is label(picture of next_obs), without label the goal."""
     steps, (obs, _) = [], world.reset(seed=seed)
-    for _ in tqdm(range(world.cfg.episode_length), "episodes", leave=False, delay=3):
+    clock.now = time.perf_counter()
+    for _ in tqdm(range(world.cfg.episode_length), "rollout", leave=False, delay=3):
         action = policy(obs)
         clock.lap("SAC")
         next_obs = world.step(sac.to_env(world.single_action_space, action))[0]
         goal = reward = world.judge()
         clock.lap("physics")
         if label:
-            frames = world.render()  # of s', (N, H, W, 3)
+            frames = world.render()  # of next_obs, (N, H, W, 3)
             clock.lap("rendering")
-            reward = label(frames)  # (N,), at once: a GPU encodes while the CPU simulates
+            reward = label(frames)  # (N,), not awaited: a GPU encodes while the CPU simulates
             clock.lap("CLIP")
         steps.append((obs, action, torch.as_tensor(reward), next_obs, goal))
         obs = next_obs
     obs, action, reward, next_obs, goal = zip(*steps)
-    reward = torch.stack(reward).cpu()  # the one wait for the GPU
+    reward = torch.stack(reward).cpu()  # waits for the GPU
     clock.lap("CLIP")
     return [np.stack(x) for x in (obs, action, reward, next_obs, goal)]
 
 def train(cfg, folder, label, world, agent, replay):
-    """Algorithm 1, from the folder's last.pt on, if there is one."""
+    """Algorithm 1, from last.pt on if there is one."""
     step, best, rows = resume(folder, agent, replay) if RANK == 0 else (0, 0, [])
     start, saved = time.time() - (rows[-1][1] if rows else 0), 0
     starts, clock = min(cfg.learning_starts, cfg.steps // 2), Clock()
     metrics = dict.fromkeys("q loss_q loss_pi entropy temperature".split(), math.nan)
     bar = tqdm(total=cfg.steps, initial=step, unit="step", disable=RANK > 0)
     while step < cfg.steps:
-        # All randomness of an iteration: repeated, it ends the same to the bit.
+        # An iteration has its own seed: --resume repeats it to the bit.
         seed = int(np.random.SeedSequence((cfg.seed, step, RANK)).generate_state(1)[0])
         torch.manual_seed(seed)
-
         # Roll the policy out, with a picture of every state reached, and label these with CLIP.
         policy = copy.deepcopy(agent.policy).cpu()  # there it never waits for a GPU's pictures
         act = policy.act if step >= starts else policy.explore
@@ -435,7 +436,7 @@ def train(cfg, folder, label, world, agent, replay):
         # Update actor, critic and temperature on minibatches.
         if exploring and step >= starts and cfg.reward_std > 0:
             agent.fit_scales(replay.sample(replay.size), cfg.reward_std)
-        agent.set_lr(cfg.lr * (1 + (cfg.lr_end - 1) * step / cfg.steps))
+        agent.set_lr(cfg.lr * (1 + (cfg.lr_end - 1) * min(1, step / cfg.steps)))
         for _ in range(cfg.updates if step >= starts else 0):
             metrics = agent.update(replay.sample(cfg.batch_size // PROCESSES))
         clock.lap("SAC")
@@ -444,15 +445,15 @@ def train(cfg, folder, label, world, agent, replay):
         row = {"step": step, "seconds": time.time() - start, "return": reward.sum(0).mean(),
                "success": (goal.mean(0) >= 0.5).mean(), **metrics}
         rows.append([float(x) for x in row.values()])
-        np.savetxt(folder / "progress.csv", rows, "%.6g", ",", header=",".join(row), comments="")
-        if row["return"] > best:  # the paper's choice: the highest return in training
-            best = float(row["return"])
+        if exploring or row["return"] > best:  # as in the paper, best in training
+            best = -math.inf if exploring else float(row["return"])
             save(policy.state_dict(), folder / "best.pt")
-        if time.time() > saved + 120 or step >= cfg.steps:
+        if PROCESSES == 1 and (time.time() > saved + 120 or step >= cfg.steps):
             used = [x[:replay.size].to("cpu", copy=True) for x in replay.data]
             save({"agent": agent.state_dict(), "replay": used, "next": replay.next, "step": step,
                   "best": best, "rows": rows}, folder / "last.pt")
             saved = time.time()
+        np.savetxt(folder / "progress.csv", rows, "%.6g", ",", header=",".join(row), comments="")
         shares = " ".join(f"{part} {s / clock.total():.0%}" for part, s in clock.items())
         bar.set_postfix_str(f"return {row['return']:.2f}, success {row['success']:.0%}, {shares}")
         bar.update(step - bar.n)
@@ -460,21 +461,20 @@ def train(cfg, folder, label, world, agent, replay):
         finish(cfg, folder, label, copy.deepcopy(agent.policy).cpu(), start)
 
 def finish(cfg, folder, label, policy, start):
-    """Test the best policy in 100 deterministic episodes, and film one."""
+    """Test the best policy; film it, in a rollout whose rewards are pictures."""
     policy.load_state_dict(torch.load(folder / "best.pt", weights_only=True))
     act = functools.partial(policy.act, deterministic=True)
-    n = min(100, cfg.steps // cfg.episode_length)
+    n = min(100, -(-cfg.steps // cfg.episode_length))
     world, seed = World(cfg, n, getattr(label, "image_size", 64)), cfg.seed + 1_000_000
     _, _, reward, _, goal = rollout(world, act, seed, label, Clock())
     if label:
-        frames = rollout(World(cfg, 1, 192), act, seed, torch.from_numpy, Clock())[2][:, 0]
-        first, *others = map(Image.fromarray, frames)
+        film = rollout(World(cfg, 1, 192), act, seed, torch.from_numpy, Clock())[2][:, 0]
+        first, *others = map(Image.fromarray, film)
         first.save(folder / "film.gif", save_all=True, append_images=others, duration=30)
-        strip = Image.fromarray(np.concatenate(frames[::len(frames) // 10 or 1], axis=1))
-        strip.save(folder / "film.png")
+        Image.fromarray(np.concatenate(film[::len(film) // 10 or 1], 1)).save(folder / "film.png")
+    success = f"success rate {(goal.mean(0) >= 0.5).mean():.0%}" if cfg.task else "no criterion"
     print(f"best policy, {n} deterministic episodes: CLIP return {reward.sum(0).mean():.2f}, "
-          f"success rate {(goal.mean(0) >= 0.5).mean():.0%}, {(time.time() - start) / 60:.1f} "
-          f"minutes; see {folder}", flush=True)
+          f"{success}, {(time.time() - start) / 60:.1f} minutes; see {folder}", flush=True)
 
 def build(cfg):
     """label (or None), world, agent, replay; nothing is written yet."""
@@ -486,7 +486,7 @@ def build(cfg):
     world = World(cfg, cfg.num_envs // PROCESSES, getattr(label, "image_size", 64))
     obs, _ = world.reset()
     if label:
-        warn_of_unknown(cfg.clip, (), cfg.env_id)
+        warn_of_unknown(label.clip, (), cfg.env_id)
         label(world.render())  # what is missing shows now
     sizes = obs.shape[1], math.prod(world.single_action_space.shape)
     settings = "gamma", "tau", "lr", "hidden", "actor_tau", "temperature", "layer_norm"
@@ -500,9 +500,9 @@ def resume(folder, agent, replay):
     """step, best and rows of last.pt; nothing in it is executed."""
     try:
         fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # to the very end
-        if not (folder / "last.pt").exists():
+        if not (folder / "progress.csv").exists():
             return 0, -math.inf, []
-        saved = torch.load(folder / "last.pt", weights_only=True)
+        saved = torch.load(folder / "last.pt", weights_only=True, map_location="cpu")
         agent.load_state_dict(saved["agent"])
         replay.add(*saved["replay"])
         replay.next = saved["next"]
@@ -529,7 +529,7 @@ def configure(paper=False, **asked):
     if lesson:
         print("lesson: tiny_clip, in minutes; the paper's, on a GPU, is --clip", Config.clip)
     if not torch.cuda.is_available() and Path("/dev/nvidia0").exists():
-        print("torch does not see the GPU: get a newer driver, or a wheel for an older CUDA")
+        print("torch does not see the GPU: a newer driver, or an older CUDA's wheel")
     if Config(**asked).env_id == TASKS["cartpole"].env_id:
         settings = settings | ({"episode_length": 200} if paper else CARTPOLE)
     if clip not in ("", "tiny_clip") and Path(clip).is_dir():
@@ -540,7 +540,7 @@ def new_folder(cfg, out):
     """runs/<prompt>, then -2, -3, or `out`, which must not exist; with config.json."""
     folder = Path(out or "runs", "" if out else re.sub(r"\W+", "-", fold(cfg.prompt))[:60])
     if out and folder.exists():
-        raise UsageError(f"--out {out} exists and is not overwritten: name another folder")
+        raise UsageError(f"--out {out} exists and is not overwritten: name another")
     names = (folder.with_name(f"{folder.name}-{i}") for i in range(2, 10_000))
     folder = next(name for name in (folder, *names) if not name.exists())
     folder.mkdir(parents=True)
@@ -585,11 +585,11 @@ def main(argv=None):
             folder = Path(folder) if folder else new_folder(cfg, out)
         train(cfg, folder, *parts)
     except (RuntimeError, MemoryError) as error:
-        if "memory" not in str(error):
+        if "memory" not in repr(error).lower():
             raise
         raise UsageError(f"take a smaller --clip or --replay ({error})")
     except KeyboardInterrupt:
-        if RANK == 0 and folder:
+        if PROCESSES == 1 and folder:
             print(f"stopped; to go on: python vlmrm.py --resume {folder}", file=sys.stderr)
         raise
     if PROCESSES > 1:

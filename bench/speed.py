@@ -133,7 +133,7 @@ def picture_model(rounds, reward, n):
     def the_plain_way():
         x = torch.stack([reward.transform(Image.fromarray(frame)) for frame in frames])
         with torch.autocast(DEVICE):
-            s = vlmrm.normalize(reward.visual(x.to(DEVICE, reward.dtype)).float(), dim=-1)
+            s = torch.nn.functional.normalize(reward.visual(x.to(DEVICE, reward.dtype)).float(), dim=-1)
         vlmrm.goal_baseline_reward(s, reward.goal, reward.baseline, 0.0).cpu()
     ways = {"ours": lambda: reward(frames).cpu(), "PIL's transform and autocast": the_plain_way,
             "the bare image tower, the limit": torch.no_grad()(partial(reward.visual, ready))}

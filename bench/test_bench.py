@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch
+os.environ.setdefault("MUJOCO_GL", "egl")  # before mujoco
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 BENCH = Path(__file__).resolve().parent

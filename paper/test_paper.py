@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch: CLIP in float32, and the lesson's settings
+os.environ.setdefault("MUJOCO_GL", "egl")  # before mujoco
 import mujoco
 import numpy as np
 import pytest
