@@ -470,7 +470,7 @@ def finish(cfg, folder, label, policy, start):
     if label:
         film = rollout(World(cfg, 1, 192), act, seed, torch.from_numpy, Clock())[2][:, 0]
         first, *others = map(Image.fromarray, film)
-        first.save(folder / "film.gif", save_all=True, append_images=others, duration=30)
+        first.save(folder / "film.gif", save_all=True, append_images=others, duration=30, loop=0)
         Image.fromarray(np.concatenate(film[::len(film) // 10 or 1], 1)).save(folder / "film.png")
     success = f"success rate {(goal.mean(0) >= 0.5).mean():.0%}" if cfg.task else "no criterion"
     print(f"best policy, {n} deterministic episodes: CLIP return {reward.sum(0).mean():.2f}, "
