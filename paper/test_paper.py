@@ -15,6 +15,7 @@ os.environ.setdefault("MUJOCO_GL", "egl")  # before mujoco
 import mujoco
 import numpy as np
 import pytest
+pytest.importorskip("matplotlib", reason="pip install -r paper/requirements.txt")
 from PIL import Image
 
 import shared
