@@ -117,10 +117,10 @@ class Replay:
 
 class SAC(nn.Module):
     """`act` and `update`. `temperature` (alpha in SAC's papers) is the first entropy coefficient,
-    then learned. `policy`, which acts, is the actor's running average: steadier, it follows by
-    `actor_tau` per update (1.0: the usual SAC)."""
-    def __init__(self, obs_dim, action_dim, *, gamma=0.99, tau=0.005, lr=3e-4, device="cpu",
-                 hidden=256, actor_tau=1.0, temperature=1.0, layer_norm=False):
+    then learned, with `lr`. `policy`, which acts, is the actor's running average: steadier, it
+    follows by `actor_tau` per update (1.0: the usual SAC)."""
+    def __init__(self, obs_dim, action_dim, *, gamma=0.99, tau=0.005, lr=3e-4, critic_lr=1e-3,
+                 device="cpu", hidden=256, actor_tau=1.0, temperature=1.0, layer_norm=False):
         super().__init__()
         self.gamma, self.tau, self.actor_tau = gamma, tau, actor_tau
         self.target_entropy = -action_dim  # SAC's rule of thumb: -1 nat per dimension
@@ -135,7 +135,7 @@ class SAC(nn.Module):
         self.to(device)
         actor_parameters = [*self.actor.parameters(), self.log_temperature]
         self.actor_opt = torch.optim.Adam(actor_parameters, lr=lr, fused=True)
-        self.critic_opt = torch.optim.Adam(self.critic.parameters(), lr=lr, fused=True)
+        self.critic_opt = torch.optim.Adam(self.critic.parameters(), lr=critic_lr, fused=True)
 
     def get_extra_state(self):  # so that state_dict() is all of the agent
         return self.actor_opt.state_dict(), self.critic_opt.state_dict()
@@ -144,8 +144,9 @@ class SAC(nn.Module):
         self.actor_opt.load_state_dict(saved[0])
         self.critic_opt.load_state_dict(saved[1])
 
-    def set_lr(self, lr):
-        self.actor_opt.param_groups[0]["lr"] = self.critic_opt.param_groups[0]["lr"] = lr
+    def set_lr(self, lr, critic_lr):
+        self.actor_opt.param_groups[0]["lr"] = lr
+        self.critic_opt.param_groups[0]["lr"] = critic_lr
 
     def fit_scales(self, batch, reward_std):
         """Standardise obs, and rewards to `reward_std`, by the statistics of `batch`."""

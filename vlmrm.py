@@ -10,10 +10,10 @@ state, g of the goal prompt and b of a baseline prompt, the reward of the state 
 
 where alpha = 0 gives Eq. 2 and alpha = 1 keeps only what lies along the way from baseline to goal.
 """
-import argparse, copy, datetime, difflib, fcntl, functools, inspect
-import json, logging, math, os, re, sys, time
+import argparse, copy, datetime, difflib, fcntl, inspect, json, logging, math, os, re, sys, time
 from collections import Counter, namedtuple
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
@@ -26,7 +26,7 @@ from tqdm import tqdm
 import sac
 from sac import UsageError
 
-os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa's software renderer: 1.5 times as fast alone
+os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa in software: 1.5 times as fast alone
 if sys.platform == "linux" and "DISPLAY" not in os.environ:
     os.environ.setdefault("MUJOCO_GL", "egl")
 try:
@@ -220,13 +220,13 @@ CAMERAS = {  # distance, azimuth, elevation, lookat
     "Humanoid-v5 plain": (2.3, 125, -15, (0, 0, 0.65)),
     "InvertedPendulum-v5 paper": (2.2, 90, 0, (0, 0, 0.2)),
     "InvertedPendulum-v5 plain": (2.2, 90, 0, (0, 0, 0.2))}
-LOOKS = "paper", "plain", "original"  # the last is Gymnasium's
+LOOKS = "paper", "plain", "original"
 TEXTURES = {  # of "paper": a sky, metal with specks, tiles with joints
     "": dict(rgb1=(0.85, 0.92, 1), rgb2=(0.25, 0.45, 0.8)),
     "texgeom": dict(rgb1=(0.95,) * 3, rgb2=(0.85,) * 3, markrgb=(0.6, 0.6, 0.65), random=0.1,
                     builtin=1, mark=3),  # a gradient, random specks
     "texplane": dict(rgb1=(0.45, 0.45, 0.47), rgb2=(0.5, 0.5, 0.52), markrgb=(0.8,) * 3, mark=1)}
-COLOURS = {  # of "plain": parts that captions are about
+COLOURS = {  # of "plain": what captions name
     "thigh": (0.85, 0.15, 0.1), "shin": (1, 0.6, 0.1), "foot": (0.5, 0.2, 0.6),
     "arm": (0.2, 0.7, 0.2), "hand": (0.6, 0.9, 0.3), "head": (0.95, 0.9, 0.8),
     "floor": (0.75,) * 3, "rail": (0.6,) * 3, "cart": (0.85, 0.15, 0.1), "": (0.15, 0.3, 0.8)}
@@ -261,20 +261,12 @@ class Endless(gym.Wrapper):
     """Never ends: an end would tell the task. Discrete(n) is n numbers, the largest acts."""
     def __init__(self, env):
         super().__init__(env)
-        self.ended, self.discrete = False, isinstance(env.action_space, gym.spaces.Discrete)
-        if self.discrete:
+        if isinstance(env.action_space, gym.spaces.Discrete):
             self.action_space = gym.spaces.Box(-1, 1, (int(env.action_space.n),))
     def step(self, action):
-        if self.discrete:
+        if self.action_space is not self.env.action_space:
             action = self.env.action_space.start + np.argmax(action)
-        try:
-            obs, _, *ends, info = self.env.step(action)
-        except Exception:
-            if not self.ended:
-                raise
-            (obs, info), ends = self.env.reset(), []  # it refuses to go on after its own end
-        self.ended = any(ends) or self.ended and ends != []
-        return obs, 0.0, False, False, info
+        return self.env.step(action)[0], 0.0, False, False, {}
 
 class World(gym.vector.VectorWrapper):
     """Gymnasium's simulations, drawn and judged together; MuJoCo's states are qpos (N, nq)."""
@@ -345,15 +337,17 @@ class Config:
     steps: int = 10_000_000  # transitions, in whole iterations
     num_envs: int = 32  # simulations; an iteration is one episode of each
     episode_length: int = 100  # environment steps
-    updates: int = 400  # per iteration; many, since pictures cost (paper: 100)
+    test_every: int = 40  # iterations; the policy with the best test is kept
+    updates: int = 400  # per iteration; many: pictures cost (paper: 100)
     batch_size: int = 256  # transitions per update (paper: 512)
     learning_starts: int = 6400  # transitions before updates (paper: 50,000)
     replay: int = 1_000_000  # transitions kept
     gamma: float = 0.97  # discount per step (paper: 0.95)
     tau: float = 0.005  # of the target critic, per update
     actor_tau: float = 0.002  # of the averaged actor, which acts (paper: 1)
-    lr: float = 3e-4  # of actor, critic and temperature (paper: 6e-4)
-    lr_end: float = 0.1  # its share at the end (paper: 1)
+    lr: float = 3e-4  # of actor and temperature (paper: 6e-4)
+    critic_lr: float = 1e-3  # paper: 6e-4
+    lr_end: float = 0.1  # their share, and actor_tau's, at the end (paper: 1)
     hidden: int = 256  # units per layer
     temperature: float = 0.05  # the first entropy coefficient (paper: 1)
     layer_norm: int = 1  # in the critic (paper: 0)
@@ -379,9 +373,10 @@ class Config:
             if not isinstance(value, str) and not (0 < value <= most or zero and value == 0):
                 raise UsageError(f"--{name.replace('_', '-')} {value} is not in (0, {most:g}]")
 
-PAPER = dict(updates=100, batch_size=512, learning_starts=50_000, gamma=0.95, lr=6e-4, lr_end=1.0,
-             actor_tau=1.0, temperature=1.0, layer_norm=0, reward_std=0.0, reset_noise_scale=0.01)
-LESSON = dict(clip="tiny_clip", looks="plain", steps=256_000, replay=300_000)
+PAPER = dict(updates=100, batch_size=512, learning_starts=50_000, gamma=0.95, lr=6e-4,
+             critic_lr=6e-4, lr_end=1.0, actor_tau=1.0, temperature=1.0, layer_norm=0,
+             reward_std=0.0, reset_noise_scale=0.01)
+LESSON = dict(clip="tiny_clip", looks="plain", steps=256_000, replay=300_000, test_every=2)
 CARTPOLE = dict(steps=64_000, num_envs=16, episode_length=200, updates=300, learning_starts=3200,
                 gamma=0.99, tau=0.01, lr=1e-3, hidden=128, reset_noise_scale=0.05)
 
@@ -419,6 +414,7 @@ def train(cfg, folder, label, world, agent, replay):
     step, best, rows = resume(folder, agent, replay) if RANK == 0 else (0, 0, [])
     start, saved = time.time() - (rows[-1][1] if rows else 0), 0
     starts, clock = min(cfg.learning_starts, cfg.steps // 2), Clock()
+    n = cfg.num_envs * cfg.episode_length  # transitions of an iteration
     metrics = dict.fromkeys("q loss_q loss_pi entropy temperature".split(), math.nan)
     bar = tqdm(total=cfg.steps, initial=step, unit="step", disable=RANK > 0)
     while step < cfg.steps:
@@ -432,21 +428,27 @@ def train(cfg, folder, label, world, agent, replay):
         # Move the labelled transitions to the replay buffer. A time limit is no true end.
         block = (x.reshape(-1, *x.shape[2:]) for x in (obs, action, reward, next_obs))
         replay.add(*block, terminated=np.zeros(reward.size))
-        exploring, step = step < starts, step + cfg.num_envs * cfg.episode_length
+        exploring, step = step < starts, step + n
         # Update actor, critic and temperature on minibatches.
         if exploring and step >= starts and cfg.reward_std > 0:
             agent.fit_scales(replay.sample(replay.size), cfg.reward_std)
-        agent.set_lr(cfg.lr * (1 + (cfg.lr_end - 1) * min(1, step / cfg.steps)))
+        share = 1 + (cfg.lr_end - 1) * min(1, step / cfg.steps)
+        agent.set_lr(cfg.lr * share, cfg.critic_lr * share)
+        agent.actor_tau = cfg.actor_tau * share
         for _ in range(cfg.updates if step >= starts else 0):
             metrics = agent.update(replay.sample(cfg.batch_size // PROCESSES))
         clock.lap("SAC")
         if RANK > 0:
             continue
+        test = math.nan
+        if step // n % cfg.test_every == 0 or step >= cfg.steps:  # without exploration
+            act = partial(policy.act, deterministic=True)
+            test = float(rollout(world, act, seed, label, clock)[2].sum(0).mean())
         row = {"step": step, "seconds": time.time() - start, "return": reward.sum(0).mean(),
-               "success": (goal.mean(0) >= 0.5).mean(), **metrics}
+               "success": (goal.mean(0) >= 0.5).mean(), "test": test, **metrics}
         rows.append([float(x) for x in row.values()])
-        if exploring or row["return"] > best:  # as in the paper, best in training
-            best = -math.inf if exploring else float(row["return"])
+        if test > best:
+            best = test
             save(policy.state_dict(), folder / "best.pt")
         if PROCESSES == 1 and (time.time() > saved + 120 or step >= cfg.steps):
             used = [x[:replay.size].to("cpu", copy=True) for x in replay.data]
@@ -463,7 +465,7 @@ def train(cfg, folder, label, world, agent, replay):
 def finish(cfg, folder, label, policy, start):
     """Test the best policy; film it, in a rollout whose rewards are pictures."""
     policy.load_state_dict(torch.load(folder / "best.pt", weights_only=True))
-    act = functools.partial(policy.act, deterministic=True)
+    act = partial(policy.act, deterministic=True)
     n = min(100, -(-cfg.steps // cfg.episode_length))
     world, seed = World(cfg, n, getattr(label, "image_size", 64)), cfg.seed + 1_000_000
     _, _, reward, _, goal = rollout(world, act, seed, label, Clock())
@@ -489,8 +491,8 @@ def build(cfg):
         warn_of_unknown(label.clip, (), cfg.env_id)
         label(world.render())  # what is missing shows now
     sizes = obs.shape[1], math.prod(world.single_action_space.shape)
-    settings = "gamma", "tau", "lr", "hidden", "actor_tau", "temperature", "layer_norm"
-    agent = sac.SAC(*sizes, device=device, **{name: getattr(cfg, name) for name in settings})
+    agent = sac.SAC(*sizes, gamma=cfg.gamma, tau=cfg.tau, device=device, hidden=cfg.hidden,
+                    temperature=cfg.temperature, layer_norm=cfg.layer_norm)
     n = cfg.num_envs * cfg.episode_length
     print(f"{cfg.num_envs} x {cfg.env_id}, {world.image_size} px by {world.drawn_by}, {cfg.clip} "
           f"on {device}; {n} transitions an iteration, {n / cfg.updates} per update", flush=True)
@@ -527,9 +529,7 @@ def configure(paper=False, **asked):
     lesson = clip == "tiny_clip" or clip and Path(clip).resolve().is_relative_to(TINY_CLIP)
     settings = LESSON if lesson else {}
     if lesson:
-        print("lesson: tiny_clip, in minutes; the paper's, on a GPU, is --clip", Config.clip)
-    if not torch.cuda.is_available() and Path("/dev/nvidia0").exists():
-        print("torch does not see the GPU: a newer driver, or an older CUDA's wheel")
+        print(f"lesson: tiny_clip (GPUs: {torch.cuda.device_count()}); real: --clip {Config.clip}")
     if Config(**asked).env_id == TASKS["cartpole"].env_id:
         settings = settings | ({"episode_length": 200} if paper else CARTPOLE)
     if clip not in ("", "tiny_clip") and Path(clip).is_dir():
@@ -538,7 +538,7 @@ def configure(paper=False, **asked):
 
 def new_folder(cfg, out):
     """runs/<prompt>, then -2, -3, or `out`, which must not exist; with config.json."""
-    folder = Path(out or "runs", "" if out else re.sub(r"\W+", "-", fold(cfg.prompt))[:60])
+    folder = Path(out or "runs/" + re.sub(r"\W+", "-", fold(cfg.prompt))[:60])
     if out and folder.exists():
         raise UsageError(f"--out {out} exists and is not overwritten: name another")
     names = (folder.with_name(f"{folder.name}-{i}") for i in range(2, 10_000))

@@ -33,7 +33,7 @@ def test_speed_measures_ways_in_turns(capsys):
 
 
 SCRIPT = """
-import os, gpu
+import os, gpu, gymnasium, torch._dynamo  # once, before the forks: each takes seconds
 def broken(args):
     raise MemoryError("no room")
 def killed(args):
