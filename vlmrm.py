@@ -378,7 +378,7 @@ PAPER = dict(updates=100, batch_size=512, learning_starts=50_000, gamma=0.95, lr
              reward_std=0.0, reset_noise_scale=0.01)
 LESSON = dict(clip="tiny_clip", looks="plain", steps=256_000, replay=300_000, test_every=2)
 CARTPOLE = dict(steps=64_000, num_envs=16, episode_length=200, updates=300, learning_starts=3200,
-                gamma=0.99, tau=0.01, lr=1e-3, hidden=128, reset_noise_scale=0.05)
+                gamma=0.99, tau=0.01, actor_tau=0.01, lr=1e-3, hidden=128, reset_noise_scale=0.05)
 
 class Clock(Counter):
     """Seconds of each part; lap(part) adds those since the lap before."""
@@ -414,13 +414,11 @@ def train(cfg, folder, label, world, agent, replay):
     step, best, rows = resume(folder, agent, replay) if RANK == 0 else (0, 0, [])
     start, saved = time.time() - (rows[-1][1] if rows else 0), 0
     starts, clock = min(cfg.learning_starts, cfg.steps // 2), Clock()
-    n = cfg.num_envs * cfg.episode_length  # transitions of an iteration
     metrics = dict.fromkeys("q loss_q loss_pi entropy temperature".split(), math.nan)
     bar = tqdm(total=cfg.steps, initial=step, unit="step", disable=RANK > 0)
     while step < cfg.steps:
-        # An iteration has its own seed: --resume repeats it to the bit.
         seed = int(np.random.SeedSequence((cfg.seed, step, RANK)).generate_state(1)[0])
-        torch.manual_seed(seed)
+        torch.manual_seed(seed)  # the iteration's own: --resume repeats it to the bit
         # Roll the policy out, with a picture of every state reached, and label these with CLIP.
         policy = copy.deepcopy(agent.policy).cpu()  # there it never waits for a GPU's pictures
         act = policy.act if step >= starts else policy.explore
@@ -428,7 +426,7 @@ def train(cfg, folder, label, world, agent, replay):
         # Move the labelled transitions to the replay buffer. A time limit is no true end.
         block = (x.reshape(-1, *x.shape[2:]) for x in (obs, action, reward, next_obs))
         replay.add(*block, terminated=np.zeros(reward.size))
-        exploring, step = step < starts, step + n
+        exploring, step = step < starts, step + cfg.num_envs * cfg.episode_length
         # Update actor, critic and temperature on minibatches.
         if exploring and step >= starts and cfg.reward_std > 0:
             agent.fit_scales(replay.sample(replay.size), cfg.reward_std)
@@ -441,13 +439,13 @@ def train(cfg, folder, label, world, agent, replay):
         if RANK > 0:
             continue
         test = math.nan
-        if step // n % cfg.test_every == 0 or step >= cfg.steps:  # without exploration
+        if (len(rows) + 1) % cfg.test_every == 0 or step >= cfg.steps:  # without exploration
             act = partial(policy.act, deterministic=True)
             test = float(rollout(world, act, seed, label, clock)[2].sum(0).mean())
         row = {"step": step, "seconds": time.time() - start, "return": reward.sum(0).mean(),
                "success": (goal.mean(0) >= 0.5).mean(), "test": test, **metrics}
         rows.append([float(x) for x in row.values()])
-        if test > best:
+        if test > best:  # the paper's choice, too
             best = test
             save(policy.state_dict(), folder / "best.pt")
         if PROCESSES == 1 and (time.time() > saved + 120 or step >= cfg.steps):
@@ -521,7 +519,8 @@ def save(content, path):
 
 # --- the command line
 def fold(text):
-    return " ".join(text.lower().split())  # what CLIP sees
+    """What CLIP sees."""
+    return " ".join(text.lower().split())
 
 def configure(paper=False, **asked):
     """What is asked for; else what suits task, picture model and machine."""
