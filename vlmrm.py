@@ -377,7 +377,7 @@ PAPER = dict(updates=100, batch_size=512, learning_starts=50_000, gamma=0.95, lr
              critic_lr=6e-4, lr_end=1.0, actor_tau=1.0, temperature=1.0, layer_norm=0,
              reward_std=0.0, reset_noise_scale=0.01)
 LESSON = dict(clip="tiny_clip", looks="plain", steps=256_000, replay=300_000, test_every=2)
-CARTPOLE = dict(steps=64_000, num_envs=16, episode_length=200, updates=300, learning_starts=3200,
+CARTPOLE = dict(steps=96_000, num_envs=16, episode_length=200, updates=300, learning_starts=3200,
                 gamma=0.99, tau=0.01, actor_tau=0.01, lr=1e-3, hidden=128, reset_noise_scale=0.05)
 
 class Clock(Counter):
