@@ -409,7 +409,7 @@ def test_replay_wraps_around_and_refuses_what_does_not_fit_or_is_not_finite():
 def test_sac_learns_to_hold_the_pole_and_always_ends_with_the_mean_return(capsys, monkeypatch):
     monkeypatch.setattr(sac, "SAC", partial(sac.SAC, hidden=64))
     monkeypatch.setattr(sac, "range", lambda n: range(100 if n == 1000 else n), raising=False)
-    sac.main(["--env-id", "InvertedPendulum-v5", "--steps", "700"])
+    sac.main(["--env-id", "InvertedPendulum-v5", "--steps", "900"])
     line, score = capsys.readouterr().out.splitlines()[-1].rsplit(" ", 1)
     assert line == "mean return over 20 deterministic episodes:"
     assert float(score) > 45  # untrained: below 25
@@ -510,7 +510,7 @@ def test_training_end_to_end_with_pictures_of_the_states_reached(tmp_path, monke
 
 # --- interrupted, and resumed
 TRUTH = ["--task", "cartpole", "--reward", "truth"]
-LONGER = [*TRUTH, *SHORT, *"--episode-length 40 --steps 1600 --updates 10 --replay 900".split()]
+LONGER = [*TRUTH, *SHORT, *"--episode-length 40 --steps 1200 --updates 10 --replay 900".split()]
 
 def assert_same_run(a, b):
     """Equal to the bit, but for the seconds."""
