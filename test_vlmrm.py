@@ -606,7 +606,7 @@ batch = sac.Transitions(torch.randn(64, 3), torch.rand(64, 2), torch.randn(64),
 alone, agent, rank = sac.SAC(3, 2, hidden=16), sac.SAC(3, 2, hidden=16), vlmrm.RANK
 agent.load_state_dict(alone.state_dict())
 alone.update_critic(batch)
-dist.init_process_group("gloo")
+dist.init_process_group("gloo", f"file://{__file__}.meeting", rank=rank, world_size=2)
 half = sac.Transitions(*(x[32 * rank:32 * rank + 32] for x in batch))
 agent.update_critic(half)
 torch.testing.assert_close(agent.critic.state_dict(), alone.critic.state_dict(), atol=1e-6, rtol=0)
