@@ -56,10 +56,6 @@ class Actor(nn.Module):
         action = self(obs)[0].tanh() if deterministic else self.sample(obs)[0]
         return action.cpu().numpy()
 
-    def explore(self, obs):
-        """Uniformly random actions, likewise."""
-        return torch.empty(len(obs), self.net[-1].out_features // 2).uniform_(-1, 1).numpy()
-
 class TwinLinear(nn.Module):
     """Two linear layers as one batched product: (2, B, n_in) -> (2, B, n_out)."""
     def __init__(self, n_in, n_out):
@@ -86,8 +82,7 @@ class Critic(nn.Module):
         x = torch.cat([(obs - self.obs_mean) / self.obs_std, action], -1)  # (B, obs_dim + dim(A))
         return self.net(x.expand(2, *x.shape)).squeeze(-1)  # a (2, B, 1) would broadcast with (B,)
 
-# B rows each. Actions are in [-1, 1]; next_obs is never that of a reset; terminated is 0.0 also at
-# a time limit.
+# Actions are in [-1, 1]; next_obs is never that of a reset; terminated is 0.0 also at a time limit.
 Transitions = namedtuple("Transitions", "obs action reward next_obs terminated")
 
 class Replay:
@@ -98,8 +93,9 @@ class Replay:
         self.data = Transitions(*(torch.zeros(capacity, *s, device=device) for s in shapes))
 
     def add(self, obs, action, reward, next_obs, terminated):
-        """n <= capacity rows, arrays or tensors; the oldest make room."""
-        n, block = len(reward), Transitions(obs, action, reward, next_obs, terminated)
+        """reward's shape tells how many transitions, at most `capacity`; the oldest make room."""
+        block = Transitions(obs, action, reward, next_obs, terminated)
+        n = math.prod(reward.shape)
         if n > self.capacity:
             raise ValueError(f"{n} transitions in a replay of {self.capacity}")
         rows = (self.next + torch.arange(n)) % self.capacity
@@ -107,7 +103,7 @@ class Replay:
             new = torch.as_tensor(new, dtype=torch.float32, device=store.device)
             if not new.isfinite().all():
                 raise UsageError(f"{name} is not finite: the simulation, the reward, or --lr")
-            store[rows] = new
+            store[rows] = new.reshape(n, *store.shape[1:])
         self.next, self.size = (self.next + n) % self.capacity, min(self.size + n, self.capacity)
 
     def sample(self, n):
@@ -117,13 +113,14 @@ class Replay:
 
 class SAC(nn.Module):
     """`act` and `update`. `temperature` (alpha in SAC's papers) is the first entropy coefficient,
-    then learned, with `lr`. `policy`, which acts, is the actor's running average: steadier, it
+    then learned, with `lr`. `policy`, which acts, is the actor's running average, steadier; it
     follows by `actor_tau` per update (1.0: the usual SAC)."""
     def __init__(self, obs_dim, action_dim, *, gamma=0.99, tau=0.005, lr=3e-4, critic_lr=1e-3,
                  device="cpu", hidden=256, actor_tau=1.0, temperature=1.0, layer_norm=False):
         super().__init__()
         self.gamma, self.tau, self.actor_tau = gamma, tau, actor_tau
-        self.target_entropy = -action_dim  # SAC's rule of thumb: -1 nat per dimension
+        # SAC's rule of thumb: -1 nat per dimension, as if uniform over 18% of [-1, 1].
+        self.target_entropy = -action_dim
         self.actor = Actor(obs_dim, action_dim, hidden)
         self.critic = Critic(obs_dim, action_dim, hidden, layer_norm)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
@@ -131,7 +128,7 @@ class SAC(nn.Module):
         self.act = self.policy.act
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
         self.register_buffer("reward_mean", torch.tensor(0.0))
-        self.register_buffer("reward_std", torch.tensor(1.0))
+        self.register_buffer("reward_scale", torch.tensor(1.0))
         self.to(device)
         actor_parameters = [*self.actor.parameters(), self.log_temperature]
         self.actor_opt = torch.optim.Adam(actor_parameters, lr=lr, fused=True)
@@ -148,13 +145,16 @@ class SAC(nn.Module):
         self.actor_opt.param_groups[0]["lr"] = lr
         self.critic_opt.param_groups[0]["lr"] = critic_lr
 
-    def fit_scales(self, batch, reward_std):
-        """Standardise obs, and rewards to `reward_std`, by the statistics of `batch`."""
+    def fit_scales(self, obs, reward, reward_std):
+        """Shift and scale obs (..., obs_dim) to mean 0 and standard deviation 1, rewards to 0 and
+        `reward_std`. For tasks that never end: else the shift would say whether ending pays."""
+        obs, reward = (torch.as_tensor(x, dtype=torch.float32) for x in (obs, reward))
+        obs = obs.flatten(0, -2)  # (n, obs_dim)
         for network in (self.actor, self.policy, self.critic, self.target_critic):
-            network.obs_mean.copy_(batch.obs.mean(0))
-            network.obs_std.copy_(batch.obs.std(0).clamp(min=0.05))
-        self.reward_mean.copy_(batch.reward.mean())
-        self.reward_std.copy_(batch.reward.std().clamp(min=1e-3) / reward_std)
+            network.obs_mean.copy_(obs.mean(0))
+            network.obs_std.copy_(obs.std(0).clamp(min=0.05))
+        self.reward_mean.copy_(reward.mean())
+        self.reward_scale.copy_(reward_std / reward.std().clamp(min=1e-3))
         if dist.is_initialized():
             for statistic in self.buffers():
                 dist.broadcast(statistic, 0)
@@ -166,7 +166,7 @@ class SAC(nn.Module):
         next_action, next_logp = self.actor.sample(batch.next_obs)
         next_q = self.target_critic(batch.next_obs, next_action).amin(0)  # (B,)
         next_v = next_q - self.log_temperature.exp() * next_logp  # (B,)
-        reward = (batch.reward - self.reward_mean) / self.reward_std
+        reward = (batch.reward - self.reward_mean) * self.reward_scale
         return reward + self.gamma * (1 - batch.terminated) * next_v
 
     def update_critic(self, batch):
@@ -199,15 +199,15 @@ def descend(optimizer, loss):
     """One step; torchrun's processes average the gradients of their minibatches."""
     parameters = optimizer.param_groups[0]["params"]
     optimizer.zero_grad()
-    loss.backward(inputs=parameters)
+    loss.backward(inputs=parameters)  # the actor's loss passes through the critic
     if dist.is_initialized():
         for p in parameters:
             dist.all_reduce(p.grad.div_(dist.get_world_size()))
     optimizer.step()
 
 def use_onednn():
-    """Products by oneDNN, not MKL: on AMD 1.4 times the updates/s (bench/). "bf16" selects it, in
-    float32 where there is no AMX."""
+    """For speed only: oneDNN's products, not MKL's, 1.4 times the updates/s on AMD (bench/). The
+    setting is called "bf16", but without AMX the products stay float32."""
     if torch.cpu._is_avx512_supported() and not torch.cpu._is_amx_tile_supported():
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"
 
@@ -226,7 +226,7 @@ def run(main):
         sys.exit(2)
 
 def make_envs(env_id, num_envs, **kwargs):
-    """A VectorEnv that does not reset itself; else UsageError."""
+    """A VectorEnv for actions in [-1, 1] that does not reset itself; else UsageError."""
     kwargs["vector_kwargs"] = {"autoreset_mode": "Disabled"}
     try:
         envs = gym.make_vec(env_id, num_envs, "sync", **kwargs)
@@ -237,12 +237,8 @@ def make_envs(env_id, num_envs, **kwargs):
     if not continuous or not action.is_bounded() or len(obs.shape or ()) != 1:
         raise UsageError(f"--env-id {env_id} has not bounded float Box actions and vector "
                          f"observations, but {action} and {obs}")
-    return envs
-
-def to_env(space, action):
-    """action (N, action_dim) in [-1, 1] -> (N, *space.shape) in the environment's units."""
-    low, high = space.low.astype(float), space.high.astype(float)
-    return (low + (action.reshape(-1, *space.shape) + 1) / 2 * (high - low)).astype(space.dtype)
+    ones = np.ones(action.shape, action.dtype)
+    return gym.wrappers.vector.RescaleAction(envs, -ones, ones)
 
 def main(argv=None):
     """The command line."""
@@ -257,27 +253,29 @@ def main(argv=None):
     use_onednn()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     env = make_envs(args.env_id, 1)
-    space, learning_starts = env.single_action_space, min(1000, args.steps // 10)
-    obs_dim, action_dim = env.single_observation_space.shape[0], math.prod(space.shape)
+    env.action_space.seed(args.seed)
+    shape, learning_starts = env.action_space.shape, min(1000, args.steps // 10)  # (1, ...)
+    obs_dim, action_dim = env.single_observation_space.shape[0], math.prod(shape)
     agent = SAC(obs_dim, action_dim, lr=1e-3, device=device)
     replay = Replay(min(args.steps, 1_000_000), obs_dim, action_dim, device)
 
     obs, _ = env.reset(seed=args.seed)
     for step in tqdm(range(args.steps), unit="step", mininterval=1):
-        action = agent.act(obs) if step >= learning_starts else agent.policy.explore(obs)
-        next_obs, reward, terminated, truncated, _ = env.step(to_env(space, action))
+        exploring = step < learning_starts
+        action = env.action_space.sample() if exploring else agent.act(obs).reshape(shape)
+        next_obs, reward, terminated, truncated, _ = env.step(action)
         replay.add(obs, action, reward, next_obs, terminated)
         obs = env.reset()[0] if (terminated | truncated).any() else next_obs
-        if step >= learning_starts:
+        if not exploring:
             agent.update(replay.sample(256))
 
-    limit = env.envs[0].spec.max_episode_steps or 1000  # some tasks never end
+    limit = env.unwrapped.envs[0].spec.max_episode_steps or 1000  # some tasks never end
     returns = np.zeros(20)
     for episode in tqdm(range(20), f"testing, at most {limit:,} steps each"):
         obs, _ = env.reset(seed=args.seed + 10_000 + episode)
         for _ in range(limit):
             action = agent.act(obs, deterministic=True)
-            obs, reward, terminated, truncated, _ = env.step(to_env(space, action))
+            obs, reward, terminated, truncated, _ = env.step(action.reshape(shape))
             returns[episode] += reward.item()
             if terminated.any() or truncated.any():
                 break

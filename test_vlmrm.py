@@ -154,13 +154,11 @@ def test_a_reward_can_be_pickled_copied_and_loaded():
     for same in (pickle.loads(pickle.dumps(KNEELS)), copy.deepcopy(KNEELS), other):
         assert torch.equal(same(frames), expected)
 
-def test_words_and_worlds_that_the_model_never_saw_are_named(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    vlmrm.build(configure(task="kneeling"))
+def test_words_that_the_model_never_saw_are_named(capsys):
+    CLIPReward(KNEELING.prompt.upper())
     assert capsys.readouterr().err == ""
-    vlmrm.build(configure(env_id="Endless-v0", prompt="a humanoid robot juggling flamingos"))
-    lines = "saw flamingos, juggling, only .*\n.* saw Endless-v0, only Humanoid-v5"
-    assert re.search(lines, capsys.readouterr().err)
+    CLIPReward("a humanoid robot juggling flamingos")
+    assert "never saw flamingos, juggling, only " in capsys.readouterr().err
 
 @pytest.mark.parametrize("clip, message", [
     ("ViT-bigG-41/laion2b", "near: ViT-bigG-14/"), ("RN50-quickgelu/", "near: RN50-quickgelu/"),
@@ -209,27 +207,28 @@ def test_the_readmes_example_with_stable_baselines3_runs():
 # --- the worlds, their pictures and criteria
 FLAGS = {f"include_{part}_in_observation": False
          for part in ("cinert", "cvel", "qfrc_actuator", "cfrc_ext")}
-WORLDS = {"Humanoid-v5": FLAGS | dict(terminate_when_unhealthy=False, reset_noise_scale=0.02),
-          "Hopper-v5": {}, "InvertedPendulum-v5": dict(reset_noise_scale=0.05)}
+WORLDS = {"Humanoid-v5": FLAGS | dict(terminate_when_unhealthy=False), "Hopper-v5": {},
+          "InvertedPendulum-v5": {}}
 
 @pytest.mark.parametrize("env_id", WORLDS)
 def test_world_equals_gymnasium_bit_for_bit_and_pictures_leave_it_alone(env_id):
     world = World(configure(env_id=env_id, prompt="a robot"), 2, 32)
     theirs = [gym.make(env_id, **WORLDS[env_id]).unwrapped for _ in range(2)]
-    rng = np.random.default_rng(0)
+    ones = np.ones(theirs[0].action_space.shape, np.float32)
+    theirs = [gym.wrappers.RescaleAction(env, -ones, ones) for env in theirs]
+    world.action_space.seed(0)
     for seed in (17, 0):
         obs = world.reset(seed=seed)[0]
         expected = [env.reset(seed=seed + i)[0] for i, env in enumerate(theirs)]
         for _ in range(60):
             np.testing.assert_array_equal(obs, expected)
-            action = rng.uniform(-1, 1, (2, *theirs[0].action_space.shape))
-            action = sac.to_env(world.single_action_space, action)
+            action = world.action_space.sample()
             obs, reward, terminated, truncated, _ = world.step(action)
             expected = [env.step(a)[0] for env, a in zip(theirs, action)]
             world.render()
             world.judge()
             assert not (reward.any() or terminated.any() or truncated.any())
-        np.testing.assert_array_equal(world.states(), [env.data.qpos for env in theirs])
+        np.testing.assert_array_equal(world.states(), [env.unwrapped.data.qpos for env in theirs])
 
 def humanoid(looks="plain"):
     """A world; states of kneeling, kneeling in the air, standing, standing in the air, lying."""
@@ -254,7 +253,7 @@ def test_criteria_and_looks_on_states_by_hand():
     assert not any(goals[name].any() for name in ("lotus", "splits", "one-leg", "arms-crossed"))
     cart = World(configure(task="cartpole"), 1)
     assert cart.judge(np.array([[0, 0.0], [0, 0.5], [0.5, -0.199]])).tolist() == [1, 0, 1]
-    for looks in vlmrm.LOOKS:  # all of which show the robot move
+    for looks in ("paper", "plain", "original"):  # all of which show the robot move
         frames = humanoid(looks)[0].render(states).astype(int)
         assert frames.shape == (5, 64, 64, 3) and np.abs(frames[0] - frames[2]).mean() > 1
 
@@ -298,13 +297,13 @@ def test_discrete_actions_are_the_largest_of_continuous_ones():
 def test_actions_of_any_shape_reach_the_environment_in_its_own_units_and_past_its_end(toy):
     world = World(configure(env_id=f"{toy}-v0", prompt="a cart"), 2)
     world.reset()
-    shape = world.single_action_space.shape
-    action = np.linspace(-1, 1, int(2 * np.prod(shape)), dtype=np.float32).reshape(2, -1)
+    shape = world.action_space.shape
+    action = np.linspace(-1, 1, np.prod(shape), dtype=np.float32).reshape(shape)
     for time in range(1, 6):
-        ends = world.step(sac.to_env(world.single_action_space, action))[2:4]
+        ends = world.step(action)[2:4]
         assert world.sims[1].time == time and not np.any(ends)
     for sim, row in zip(world.sims, action):
-        np.testing.assert_allclose(sim.action, (row * 2.5 + 0.5).reshape(shape), atol=1e-6)
+        np.testing.assert_allclose(sim.action, row * 2.5 + 0.5, atol=1e-6)
 
 def test_tiny_clip_is_small_half_precision_and_prefers_true_captions():
     from safetensors.torch import load_file
@@ -382,7 +381,7 @@ def test_scales_standardise_observations_and_rewards():
     agent = sac.SAC(3, 2)
     batch = batch_of(500, obs=5 + 2 * torch.randn(500, 3), reward=0.3 + 0.03 * torch.randn(500),
                      terminated=torch.ones(500))
-    agent.fit_scales(batch, 0.5)
+    agent.fit_scales(batch.obs.reshape(10, 50, 3), batch.reward.reshape(10, 50), 0.5)
     reward, scaled = agent.q_target(batch), (batch.obs - batch.obs.mean(0)) / batch.obs.std(0)
     assert abs(reward.mean()) < 1e-4 and reward.std().item() == pytest.approx(0.5, abs=0.01)
     x = torch.cat([scaled, batch.action], -1).expand(2, 500, 5)
@@ -454,7 +453,7 @@ def test_bad_input_is_one_line_and_exit_code_2(line, message, tmp_path, capsys, 
         clip="tiny_clip", looks="plain", updates=100, batch_size=512, gamma=0.95, lr=0.1,
         learning_starts=50_000, actor_tau=1.0, layer_norm=0, tau=0.005)),
     (["--paper", "--clip", "ViT-bigG-14/laion2b_s39b_b160k"], dict(
-        looks="paper", steps=10_000_000, num_envs=32, reset_noise_scale=0.01, lr=6e-4)),
+        looks="paper", steps=10_000_000, num_envs=32, layer_norm=0, lr=6e-4)),
     (["--env-id", "InvertedPendulum-v5"], dict(num_envs=16, gamma=0.99, task="")),
     (["--prompt", "Pole vertically  upright on top of the CART\n"], dict(
         task="cartpole", env_id="InvertedPendulum-v5", baseline="pole and cart")),
@@ -491,7 +490,7 @@ def test_training_end_to_end_with_pictures_of_the_states_reached(tmp_path, monke
     assert Image.open("runs/cart/film.png").size == (1920, 192)
     assert Image.open("runs/cart/film.gif").n_frames == 10
     out = capsys.readouterr().out
-    assert len(re.findall("best policy, .* episodes: CLIP return .* success rate", out)) == 4
+    assert len(re.findall("best policy, .* episodes: CLIP return .* success rate", out)) == 2
     assert "lesson" in out and " 10.0 per update" in out and not list(tmp_path.rglob("*.tmp"))
     obs, _, reward, next_obs, terminated = torch.load("runs/cart/last.pt")["replay"]
     assert len(reward) == 120 and not terminated.any() and reward.std() > 0.02
@@ -545,7 +544,6 @@ def test_killed_or_stopped_at_any_moment_it_ends_as_if_it_were_not(tmp_path):
 @pytest.mark.parametrize("moment, world", [
     (1, TRUTH), (45, TRUTH), (35, ["--env-id", "Truncates-v0", "--prompt", "a cart"])])
 def test_interrupted_between_updates_it_ends_the_same(moment, world, tmp_path, monkeypatch):
-    monkeypatch.setattr("fcntl.flock", max)  # or a run is locked until this process ends
     monkeypatch.setattr("time.time", iter(range(0, 10 ** 9, 200)).__next__)  # all is saved
     whole, stopped = str(tmp_path / "whole"), str(tmp_path / "stopped")
     argv = [*world, *SHORT, "--steps", "120", "--updates", "10", "--replay", "30", "--out"]
@@ -573,9 +571,6 @@ class Malice:
 def test_files_of_others_are_refused_and_run_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     vlmrm.main([*TRUTH, *SHORT, "--out", "run"])
-    with pytest.raises(UsageError, match="another process writes to run"):
-        vlmrm.main(["--resume", "run"])
-    monkeypatch.setattr("fcntl.flock", max)
     last = Path("run/last.pt")
     whole, saved = last.read_bytes(), torch.load(last, weights_only=True)
     for content in (b"", b"PK", whole[:2000], [1], {"step": 3}, saved | {"agent": Malice()},
@@ -593,9 +588,6 @@ def test_without_opengl_it_imports_and_says_what_to_install(tmp_path, monkeypatc
     err = process.communicate(timeout=120)[1]
     assert process.returncode == 2 and "error: no OpenGL" in err and "apt install libegl1" in err
     assert err.count("\n") == 1
-    monkeypatch.setitem(sys.modules, "OpenGL.GL", None)  # as if not installed
-    with pytest.raises(UsageError, match="libegl1"):
-        humanoid()[0].render()
 
 HALVES = """
 import torch, sac, vlmrm
@@ -611,7 +603,7 @@ half = sac.Transitions(*(x[32 * rank:32 * rank + 32] for x in batch))
 agent.update_critic(half)
 torch.testing.assert_close(agent.critic.state_dict(), alone.critic.state_dict(), atol=1e-6, rtol=0)
 torch.manual_seed(rank)
-agent.fit_scales(half, 0.3)
+agent.fit_scales(half.obs, half.reward, 0.3)
 agent.update(half)
 for x in (*agent.parameters(), *agent.buffers()):
     first = x.detach().clone()
@@ -634,7 +626,6 @@ def test_two_processes_make_the_step_of_the_whole_minibatch_and_one_run(tmp_path
     r"(?<![\w/])python ((?:vlmrm|sac)\.py (?!--help)[^`\n|]*)", README))))
 def test_every_command_of_the_readme_runs_in_short(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fcntl.flock", max)
     load_clip, names = vlmrm.load_clip, ["/".join(x) for x in open_clip.list_pretrained()]
     monkeypatch.setattr(vlmrm, "load_clip", lambda clip, dtype: load_clip(  # without downloads
         str(TINY_CLIP) if clip in names else clip, dtype))

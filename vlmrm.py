@@ -10,7 +10,7 @@ state, g of the goal prompt and b of a baseline prompt, the reward of the state 
 
 where alpha = 0 gives Eq. 2 and alpha = 1 keeps only what lies along the way from baseline to goal.
 """
-import argparse, copy, datetime, difflib, fcntl, inspect, json, logging, math, os, re, sys, time
+import argparse, copy, datetime, difflib, inspect, json, logging, math, os, re, sys, time
 from collections import Counter, namedtuple
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -26,7 +26,7 @@ from tqdm import tqdm
 import sac
 from sac import UsageError
 
-os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa in software: 1.5 times as fast alone
+os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa in software: 1.5 times as fast in one thread
 if sys.platform == "linux" and "DISPLAY" not in os.environ:
     os.environ.setdefault("MUJOCO_GL", "egl")
 try:
@@ -34,13 +34,13 @@ try:
 except (AttributeError, RuntimeError):  # no OpenGL; the first picture will say so
     os.environ["MUJOCO_GL"] = "off"
     import mujoco
-TINY_CLIP = Path(__file__).resolve().parent / "tiny_clip"
+TINY_CLIP = Path(__file__).resolve().parent / "tiny_clip"  # a lesson, no evidence about CLIP
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun
 
 # --- the reward (section 3)
 def goal_baseline_reward(s, g, b, alpha):
-    """Eq. 3 for unit vectors s (N, D), g (D,), b (D,) -> rewards (N,). proj_L(s) keeps the part of
-    e = s - g along g - b, so alpha in [0, 1] shrinks the rest."""
+    """Eq. 3 for unit vectors s (N, D), g (D,), b (D,) -> rewards (N,). proj_L(s) - g is the part of
+    e = s - g along g - b; of the rest, alpha in [0, 1] leaves 1 - alpha."""
     u = nn.functional.normalize(g - b, dim=0)    # (D,)
     e = s - g                      # (N, D)
     along = e @ u                  # (N,)
@@ -69,7 +69,7 @@ class CLIPReward(nn.Module):
             self.register_buffer(name, nn.functional.normalize(vectors, dim=-1).mean(0))  # (D,)
         if alpha > 0 and torch.allclose(self.goal, self.baseline, atol=1e-5):
             raise UsageError("with alpha > 0 --baseline and --prompt must differ")
-        self.alpha, self.clip, self.visual = alpha, clip, model.visual  # only the image tower stays
+        self.alpha, self.visual = alpha, model.visual  # only the image tower stays
         self.visual.output_tokens = False  # of CoCa
         config = open_clip.transform.PreprocessCfg(**model.visual.preprocess_cfg)
         self.transform = open_clip.transform.image_transform_v2(config, is_train=False)
@@ -101,19 +101,20 @@ class CLIPReward(nn.Module):
 
 def load_clip(clip, dtype=torch.float32):
     """open_clip's model and its tokenizer; never an untrained one by accident."""
-    names, (name, _, tag) = ["/".join(x) for x in open_clip.list_pretrained()], clip.partition("/")
+    names = ["/".join(pair) for pair in open_clip.list_pretrained()]
+    name, _, tag = clip.partition("/")
     if Path(clip).is_dir():
         name, tag = f"local-dir:{clip}", None
     elif clip not in names and tag != "random":
         near = ", ".join(difflib.get_close_matches(clip, names, 5, 0.0))
         raise UsageError(f"--clip {clip}: no folder and no pretrained model; near: {near}")
-    logging.disable(logging.ERROR)  # it comes back in the exception
+    logging.disable(logging.ERROR)  # what open_clip logs is in its exception, too
     torch.set_default_dtype(dtype)  # or it builds in float32: 10 GB on the host for ViT-bigG-14
     try:
-        tokenizer, untrained = open_clip.get_tokenizer(name), tag == "random"
-        quick = "quick_gelu" in str(open_clip.get_pretrained_cfg(name, tag))
-        return open_clip.create_model(name, None if untrained else tag, force_quick_gelu=quick,
-                                      require_pretrained=not untrained), tokenizer
+        tokenizer, trained = open_clip.get_tokenizer(name), tag != "random"
+        quick = open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False)  # OpenAI's
+        return open_clip.create_model(name, tag if trained else None, force_quick_gelu=quick,
+                                      require_pretrained=trained), tokenizer
     except Exception as error:
         raise UsageError(f"--clip {clip} does not load: {str(error)[:200]}. Offline: tiny_clip or "
                          "a folder with open_clip_config.json, open_clip_model.safetensors")
@@ -121,12 +122,11 @@ def load_clip(clip, dtype=torch.float32):
         logging.disable(logging.NOTSET)
         torch.set_default_dtype(torch.float32)
 
-def warn_of_unknown(clip, texts, env_id=None):
-    """A folder's config may list what its model has seen."""
+def warn_of_unknown(clip, texts):
+    """A folder's config may list the words that its model has seen."""
     path = Path(clip, "open_clip_config.json")
-    lists = json.loads(path.read_text()) if path.is_file() else {}
-    known = lists.get("worlds", []) + lists.get("words", [])
-    unknown = {*re.findall(r"[\w']+", " ".join(texts).lower()), env_id} - {*known, None}
+    known = json.loads(path.read_text()).get("words", []) if path.is_file() else []
+    unknown = set(re.findall(r"[\w']+", " ".join(texts).lower())) - set(known)
     if known and unknown:
         print(f"warning: {clip} never saw {', '.join(sorted(unknown))}, only {' '.join(known)}: "
               "take a pretrained --clip", file=sys.stderr)
@@ -143,7 +143,7 @@ class WithCLIPRewards(gym.wrappers.vector.TransformReward):
         super().__init__(drawing(env), lambda _: reward(np.asarray(env.render())).cpu().numpy())
 
 def drawing(env):
-    """env, if it draws its steps; else UsageError."""
+    """env; UsageError if it draws nothing, or only after resetting itself (SAME_STEP)."""
     if env.render_mode != "rgb_array" or "SAME" in str(env.metadata.get("autoreset_mode")):
         raise UsageError(f'{env}: make it with render_mode="rgb_array", not SAME_STEP')
     return env
@@ -162,21 +162,23 @@ TASKS = {
     "arms-crossed": Task(STANDING + ", with its arms crossed"),
     "cartpole": Task("pole vertically upright on top of the cart", "InvertedPendulum-v5",
                      "pole and cart")}
-X, Y, Z, CENTRE = range(4)  # [..., world axis, body axis: front, left, up, or its centre]
-MIRROR = np.array([[[1, -1, 1, 1]], [[1, 1, 1, 1]]])  # a right limb's Y points outwards, too
+# A body's frame (..., 3, 4), m: rows are the world's axes, columns the body's front, left, up and
+# centre, so that frame @ (x, y, z, 1) is one of its points in the world.
+X, Y, Z, CENTRE = range(4)
+MIRROR = np.array([[[1, -1, 1, 1]], [[1, 1, 1, 1]]])  # of limbs: Y of right ones outwards, too
 
 class Humanoid:
-    """Frames of bodies in states qpos (N, nq), (N, k, 3, 4), m; k = 2, right and left, for limbs.
-    frame @ (x, y, z, 1) is a point in the world."""
+    """What the eight criteria need of states qpos (N, nq). Only --reward truth learns from them."""
     def __init__(self, model, qpos):
         data, frames = mujoco.MjData(model), []
-        for data.qpos[:] in qpos:
+        for state in qpos:
+            data.qpos[:] = state
             mujoco.mj_kinematics(model, data)  # of this very state: a step leaves them one behind
             frames.append(np.c_[data.xmat.reshape(-1, 3, 3), data.xpos[..., None]])
-        ids, frames = {model.body(i).name: i for i in range(model.nbody)}, np.stack(frames)
-        self.torso, self.pelvis = (frames[:, [ids[name]]] for name in ("torso", "pelvis"))
-        self.thigh, self.shin, self.foot, self.arm = (
-            frames[:, [ids[f"right_{limb}"], ids[f"left_{limb}"]]] * MIRROR
+        frames = np.stack(frames)  # (N, bodies, 3, 4)
+        self.torso, self.pelvis = (frames[:, [model.body(x).id]] for x in ("torso", "pelvis"))
+        self.thigh, self.shin, self.foot, self.arm = (  # right and left: (N, 2, 3, 4)
+            frames[:, [model.body(f"{side}_{limb}").id for side in ("right", "left")]] * MIRROR
             for limb in ("thigh", "shin", "foot", "lower_arm"))
         self.hands, self.feet = self.arm @ (0.18, -0.18, 0.18, 1), self.foot @ (0, 0, 0.1, 1)
         self.foot_gap = self.feet[..., Z] - 0.075  # above the floor; a foot is a ball: (N, 2)
@@ -186,8 +188,8 @@ class Humanoid:
         """How far points (N, 2, 3) of right and left are on their own side of a body: (N, 2)."""
         return ((points - frame[..., CENTRE]) * frame[..., Y]).sum(-1) * (-1, 1)
     def goals(self):
-        """Task -> (N,) bool: in numbers what the paper's human rater looked for."""
-        torso, pelvis, hands, shin = self.torso, self.pelvis, self.hands, self.shin
+        """Task -> (N,) bool: our reading of the prompts, for the paper's human rater."""
+        torso, pelvis, thigh, shin = self.torso, self.pelvis, self.thigh, self.shin
         upright = torso[:, 0, Z, Z] > 0.8  # 37 degrees from vertical
         tall = upright & (pelvis[:, 0, Z, CENTRE] > 0.8)  # 0.97 when standing
         on_feet = tall & (self.foot_gap < 0.03).any(1)
@@ -195,17 +197,18 @@ class Humanoid:
         on_knees = (shin[..., Z, X] < -0.5) & (self.knee_gap < 0.015)
         knees, feet = self.outwards(pelvis, shin[..., CENTRE]), self.outwards(pelvis, self.feet)
         crossed = (knees > 0.2) & (feet < knees - 0.1) & (self.knee_gap < 0.1)
-        straight = (self.thigh[..., Z] * shin[..., Z]).sum(-1) > math.cos(0.6)
+        straight = (thigh[..., Z] * shin[..., Z]).sum(-1) > math.cos(math.radians(34))
         flat = straight & (self.foot_gap < 0.1) & (self.knee_gap < 0.1)
-        spread = self.thigh[..., Z].prod(1).sum(-1) < math.cos(math.radians(100))
-        to_hips = np.linalg.norm(hands - pelvis * MIRROR @ (0, 0.2, 0.05, 1), axis=-1)
-        reach, across = hands - torso[..., CENTRE], self.outwards(torso, hands) < -0.05
+        spread = (thigh[:, 0, :, Z] * thigh[:, 1, :, Z]).sum(-1) < math.cos(math.radians(100))
+        to_hips = np.linalg.norm(self.hands - (pelvis * MIRROR) @ (0, 0.2, 0.05, 1), axis=-1)
+        reach = self.hands - torso[..., CENTRE]
+        across = self.outwards(torso, self.hands) < -0.05
         in_front = ((reach * torso[..., X]).sum(-1) > 0.1) & (abs(reach[..., Z]) < 0.25)
         return {
             "kneeling": upright & on_knees.all(1),
             "lotus": upright & seated & crossed.all(1),
             "standing": on_feet & (self.foot_gap < 0.03).all(1),
-            "arms-raised": on_feet & (hands > torso @ (0, 0, 0.19, 1))[..., Z].all(1),
+            "arms-raised": on_feet & (self.hands > torso @ (0, 0, 0.19, 1))[..., Z].all(1),
             "splits": seated & spread & flat.all(1),
             "hands-on-hips": on_feet & (to_hips < 0.15).all(1),
             "one-leg": on_feet & (self.foot_gap.max(1) > 0.1),
@@ -214,13 +217,11 @@ class Humanoid:
 # --- the world and its pictures
 HUMANOID = {f"include_{part}_in_observation": False  # the 45 numbers that remain are the state
             for part in ("cinert", "cvel", "qfrc_actuator", "cfrc_ext")}
-ENVS = {"Humanoid-v5": HUMANOID | {"terminate_when_unhealthy": False}, "InvertedPendulum-v5": {}}
-CAMERAS = {  # distance, azimuth, elevation, lookat
-    "Humanoid-v5 paper": (3.5, 180, -10, (0, 0, 1)),
-    "Humanoid-v5 plain": (2.3, 125, -15, (0, 0, 0.65)),
-    "InvertedPendulum-v5 paper": (2.2, 90, 0, (0, 0, 0.2)),
-    "InvertedPendulum-v5 plain": (2.2, 90, 0, (0, 0, 0.2))}
-LOOKS = "paper", "plain", "original"
+HUMANOID["terminate_when_unhealthy"] = False
+CAMERAS = {  # others: Gymnasium's
+    "Humanoid-v5 paper": dict(distance=3.5, azimuth=180, elevation=-10, lookat=(0, 0, 1)),
+    "Humanoid-v5 plain": dict(distance=2.3, azimuth=125, elevation=-15, lookat=(0, 0, 0.65)),
+    "InvertedPendulum-v5 plain": dict(distance=2.2, azimuth=90, elevation=0, lookat=(0, 0, 0.2))}
 TEXTURES = {  # of "paper": a sky, metal with specks, tiles with joints
     "": dict(rgb1=(0.85, 0.92, 1), rgb2=(0.25, 0.45, 0.8)),
     "texgeom": dict(rgb1=(0.95,) * 3, rgb2=(0.85,) * 3, markrgb=(0.6, 0.6, 0.65), random=0.1,
@@ -232,12 +233,14 @@ COLOURS = {  # of "plain": what captions name
     "floor": (0.75,) * 3, "rail": (0.6,) * 3, "cart": (0.85, 0.15, 0.1), "": (0.15, 0.3, 0.8)}
 
 def dress(spec, looks, size):
-    """Give an MjSpec the LOOKS (paper: appendix C.2), without what costs a software renderer 8
-    times the time for 0.6 of 255."""
+    """Give an MjSpec the looks (paper: appendix C.2), with cheap edges and shadows: 8 times as fast
+    in software, for 0.6 of 255."""
     quality, paper, plain = spec.visual.quality, looks == "paper", looks == "plain"
     quality.offsamples, quality.shadowsize = 0, 4 * size
     quality.numslices, quality.numstacks = (10, 6) if plain else (16, 8)
     spec.visual.global_.offwidth = spec.visual.global_.offheight = size
+    if plain:
+        spec.visual.headlight.ambient, spec.visual.headlight.diffuse = (0.45,) * 3, (0.55,) * 3
     for geom in spec.geoms:
         if geom.type == mujoco.mjtGeom.mjGEOM_PLANE:
             geom.size[2] = 10  # the grid's spacing: 0.125 would draw 320 x 320 squares
@@ -245,38 +248,37 @@ def dress(spec, looks, size):
             geom.rgba = 1, 1, 1, 1
         if plain:
             geom.material = ""
-            geom.rgba = *next(rgb for part, rgb in COLOURS.items() if part in geom.name), 1
-            spec.visual.headlight.ambient, spec.visual.headlight.diffuse = (0.45,) * 3, (0.55,) * 3
+            part = next(part for part in COLOURS if part in geom.name)  # "" is in every name
+            geom.rgba = *COLOURS[part], 1
     for light in spec.lights:
         light.active = not plain
         if paper:
             light.pos, light.dir, light.specular = (0, 0, 4), (0, 0, -1), (0.3,) * 3
     for texture in spec.textures if paper else ():
-        for name, value in TEXTURES[texture.name].items():
+        for name, value in TEXTURES.get(texture.name, {}).items():
             setattr(texture, name, value)
     for material in spec.materials if paper else ():
         material.reflectance, material.specular, material.shininess = 0, 1, 1
 
 class Endless(gym.Wrapper):
-    """Never ends: an end would tell the task. Discrete(n) is n numbers, the largest acts."""
+    """Without ends and rewards: they tell the task. Discrete(n) is n numbers, the largest acts."""
     def __init__(self, env):
         super().__init__(env)
         if isinstance(env.action_space, gym.spaces.Discrete):
             self.action_space = gym.spaces.Box(-1, 1, (int(env.action_space.n),))
     def step(self, action):
-        if self.action_space is not self.env.action_space:
+        if isinstance(self.env.action_space, gym.spaces.Discrete):
             action = self.env.action_space.start + np.argmax(action)
         return self.env.step(action)[0], 0.0, False, False, {}
 
 class World(gym.vector.VectorWrapper):
     """Gymnasium's simulations, drawn and judged together; MuJoCo's states are qpos (N, nq)."""
     def __init__(self, cfg, num_envs, image_size=64):
-        args = dict(render_mode="rgb_array", max_episode_steps=-1, wrappers=(Endless,))
-        if cfg.env_id in ENVS:
-            args |= ENVS[cfg.env_id] | {"reset_noise_scale": cfg.reset_noise_scale}
-        super().__init__(sac.make_envs(cfg.env_id, num_envs, **args))
-        self.cfg, self.image_size, self.renderer, self.drawn_by = cfg, image_size, None, "itself"
-        self.sims = [env.unwrapped for env in self.env.envs]
+        args = HUMANOID if cfg.env_id == "Humanoid-v5" else {}
+        super().__init__(sac.make_envs(cfg.env_id, num_envs, render_mode="rgb_array",
+                                       max_episode_steps=-1, wrappers=(Endless,), **args))
+        self.cfg, self.image_size, self.renderer = cfg, image_size, None
+        self.sims = [env.unwrapped for env in self.unwrapped.envs]
     def states(self):
         return np.stack([sim.data.qpos for sim in self.sims])
     def judge(self, states=None):
@@ -294,7 +296,8 @@ class World(gym.vector.VectorWrapper):
         if self.renderer is None:
             self.open_renderer()
         frames = []
-        for self.data.qpos[:] in self.states() if states is None else states:
+        for state in self.states() if states is None else states:
+            self.data.qpos[:] = state
             mujoco.mj_kinematics(self.model, self.data)
             mujoco.mj_camlight(self.model, self.data)
             if self.view == "Humanoid-v5 plain":  # the camera follows the torso
@@ -308,18 +311,14 @@ class World(gym.vector.VectorWrapper):
         dress(spec, looks, size)
         self.model, self.camera = spec.compile(), mujoco.MjvCamera()
         self.data = mujoco.MjData(self.model)
-        view = zip(("distance", "azimuth", "elevation", "lookat"), CAMERAS.get(self.view, ()))
-        for name, value in (dict(view) or sim.mujoco_renderer.default_cam_config or {}).items():
+        camera = CAMERAS.get(self.view) or sim.mujoco_renderer.default_cam_config or {}
+        for name, value in camera.items():
             setattr(self.camera, name, value)
         try:
             self.renderer = mujoco.Renderer(self.model, size, size)
-            from OpenGL.GL import GL_RENDERER, glGetString
-            self.drawn_by = glGetString(GL_RENDERER).decode()
         except Exception as error:
             raise UsageError("no OpenGL: unset MUJOCO_GL, apt install libegl1 libgl1-mesa-dri, in "
                              f"containers NVIDIA_DRIVER_CAPABILITIES=all ({error})")
-        for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
-            self.renderer.scene.flags[flag] = looks != "plain"
 
 # --- Algorithm 1
 @dataclass
@@ -331,8 +330,8 @@ class Config:
     alpha: float = 0.0  # of Eq. 3, 0 to 1
     env_id: str = ""  # any Gymnasium task that draws itself
     clip: str = "ViT-bigG-14/laion2b_s39b_b160k"  # open_clip architecture/tag, or a folder
-    looks: str = "paper"  # or plain, or original (Gymnasium's), of MuJoCo tasks
-    reward: str = "clip"  # or truth: the task's criterion, without pictures
+    looks: str = "paper"  # paper, plain or original (Gymnasium's), of MuJoCo tasks
+    reward: str = "clip"  # clip, or truth: the task's criterion, without pictures
     seed: int = 0  # of all randomness
     steps: int = 10_000_000  # transitions, in whole iterations
     num_envs: int = 32  # simulations; an iteration is one episode of each
@@ -347,38 +346,41 @@ class Config:
     actor_tau: float = 0.002  # of the averaged actor, which acts (paper: 1)
     lr: float = 3e-4  # of actor and temperature (paper: 6e-4)
     critic_lr: float = 1e-3  # paper: 6e-4
-    lr_end: float = 0.1  # their share, and actor_tau's, at the end (paper: 1)
+    lr_end: float = 0.1  # share of lr, critic_lr and actor_tau at the end (paper: 1)
     hidden: int = 256  # units per layer
     temperature: float = 0.05  # the first entropy coefficient (paper: 1)
     layer_norm: int = 1  # in the critic (paper: 0)
-    reward_std: float = 0.3  # of standardised rewards; obs have 1 (paper: 0, neither)
-    reset_noise_scale: float = 0.02  # of initial states (paper: 0.01)
+    reward_std: float = 0.3  # of standardised rewards, obs: 1 (paper: 0, as they are)
     def __post_init__(self):
+        """The task, which its prompt may name, gives what is missing."""
         names = {fold(task.prompt): name for name, task in TASKS.items()}
         self.task = self.task or names.get(fold(self.prompt), "")
         if self.task not in (*TASKS, ""):
             raise UsageError(f"--task is one of {', '.join(TASKS)}")
         task = TASKS.get(self.task, Task(self.prompt))
-        if self.env_id not in ("", task.env_id):  # another world: this criterion is not of it
-            self.task, task = "", task._replace(baseline="" if self.alpha else task.baseline)
-        for name, value in task._asdict().items():
-            setattr(self, name, getattr(self, name) or value)
+        if self.env_id not in ("", task.env_id):  # the criterion is not of this world
+            self.task = ""
+            if self.alpha > 0:  # nor is the baseline, which alpha = 0 does not use
+                task = task._replace(baseline="")
+        self.prompt = self.prompt or task.prompt
+        self.env_id = self.env_id or task.env_id
+        self.baseline = self.baseline or task.baseline
         if not fold(self.prompt) or not fold(self.baseline):
             raise UsageError(f"give --prompt and --baseline, or --task: {', '.join(TASKS)}")
-        if self.looks not in LOOKS or self.reward not in ("clip", "truth")[:1 + bool(self.task)]:
-            raise UsageError(f"--looks: {', '.join(LOOKS)}; --reward: clip or, of a --task, truth")
+        rewards = ("clip", "truth") if self.task else ("clip",)
+        if self.looks not in ("paper", "plain", "original") or self.reward not in rewards:
+            raise UsageError("--looks: paper, plain, original; --reward: clip or, for tasks, truth")
         for name, value in asdict(self).items():
-            zero = name in ("alpha", "seed", "layer_norm", "reward_std")
-            most = 1 if name in ("alpha", "gamma", "tau", "actor_tau", "lr_end") else 1e10
-            if not isinstance(value, str) and not (0 < value <= most or zero and value == 0):
-                raise UsageError(f"--{name.replace('_', '-')} {value} is not in (0, {most:g}]")
+            most = 1 if name in ("alpha", "gamma", "tau", "actor_tau", "lr_end") else math.inf
+            zero = value == 0 and name in ("alpha", "seed", "layer_norm", "reward_std")
+            if not isinstance(value, str) and not zero and not 0 < value <= most:
+                raise UsageError(f"--{name.replace('_', '-')} {value} is not from 0 to {most}")
 
-PAPER = dict(updates=100, batch_size=512, learning_starts=50_000, gamma=0.95, lr=6e-4,
-             critic_lr=6e-4, lr_end=1.0, actor_tau=1.0, temperature=1.0, layer_norm=0,
-             reward_std=0.0, reset_noise_scale=0.01)
-LESSON = dict(clip="tiny_clip", looks="plain", steps=256_000, replay=300_000, test_every=2)
+PAPER = dict(updates=100, batch_size=512, learning_starts=50_000, gamma=0.95, actor_tau=1.0,
+             lr=6e-4, critic_lr=6e-4, lr_end=1.0, temperature=1.0, layer_norm=0, reward_std=0.0)
+LESSON = dict(looks="plain", steps=256_000, test_every=2)
 CARTPOLE = dict(steps=96_000, num_envs=16, episode_length=200, updates=300, learning_starts=3200,
-                gamma=0.99, tau=0.01, actor_tau=0.01, lr=1e-3, hidden=128, reset_noise_scale=0.05)
+                gamma=0.99, tau=0.01, actor_tau=0.01, lr=1e-3, hidden=128)
 
 class Clock(Counter):
     """Seconds of each part; lap(part) adds those since the lap before."""
@@ -387,14 +389,15 @@ class Clock(Counter):
         self[part] += self.now - before
 
 def rollout(world, policy, seed, label, clock):
-    """An episode of each simulation, (T, N, ...): obs, action in [-1, 1], reward, next_obs, whether
-    the goal holds there. The reward is label(picture of next_obs), without label the goal."""
-    steps, (obs, _) = [], world.reset(seed=seed)
+    """An episode of each simulation, (T, N, ...): obs, action in [-1, 1], random without policy,
+    reward = label(picture of next_obs) or, without label, the goal, next_obs, and the goal."""
+    steps, (obs, _), space = [], world.reset(seed=seed), world.action_space
+    space.seed(seed)
     clock.now = time.perf_counter()
     for _ in tqdm(range(world.cfg.episode_length), "rollout", leave=False, delay=3):
-        action = policy(obs)
+        action = policy(obs).reshape(space.shape) if policy else space.sample()
         clock.lap("SAC")
-        next_obs = world.step(sac.to_env(world.single_action_space, action))[0]
+        next_obs = world.step(action)[0]
         goal = reward = world.judge()
         clock.lap("physics")
         if label:
@@ -412,44 +415,44 @@ def rollout(world, policy, seed, label, clock):
 def train(cfg, folder, label, world, agent, replay):
     """Algorithm 1, from last.pt on if there is one."""
     step, best, rows = resume(folder, agent, replay) if RANK == 0 else (0, 0, [])
-    start, saved = time.time() - (rows[-1][1] if rows else 0), 0
-    starts, clock = min(cfg.learning_starts, cfg.steps // 2), Clock()
+    start = time.time() - (rows[-1][1] if rows else 0)  # rows: step, seconds, ...
+    starts, clock, saved = min(cfg.learning_starts, cfg.steps // 2), Clock(), 0
     metrics = dict.fromkeys("q loss_q loss_pi entropy temperature".split(), math.nan)
+    policy = copy.deepcopy(agent.policy).cpu()  # there it never waits for a GPU's pictures
     bar = tqdm(total=cfg.steps, initial=step, unit="step", disable=RANK > 0)
     while step < cfg.steps:
         seed = int(np.random.SeedSequence((cfg.seed, step, RANK)).generate_state(1)[0])
         torch.manual_seed(seed)  # the iteration's own: --resume repeats it to the bit
         # Roll the policy out, with a picture of every state reached, and label these with CLIP.
-        policy = copy.deepcopy(agent.policy).cpu()  # there it never waits for a GPU's pictures
-        act = policy.act if step >= starts else policy.explore
+        act = policy.act if step >= starts else None
         obs, action, reward, next_obs, goal = rollout(world, act, seed, label, clock)
+        if step == 0 and cfg.reward_std > 0:
+            agent.fit_scales(obs, reward, cfg.reward_std)
         # Move the labelled transitions to the replay buffer. A time limit is no true end.
-        block = (x.reshape(-1, *x.shape[2:]) for x in (obs, action, reward, next_obs))
-        replay.add(*block, terminated=np.zeros(reward.size))
-        exploring, step = step < starts, step + cfg.num_envs * cfg.episode_length
+        replay.add(obs, action, reward, next_obs, terminated=np.zeros(reward.shape))
+        step += cfg.num_envs * cfg.episode_length
         # Update actor, critic and temperature on minibatches.
-        if exploring and step >= starts and cfg.reward_std > 0:
-            agent.fit_scales(replay.sample(replay.size), cfg.reward_std)
-        share = 1 + (cfg.lr_end - 1) * min(1, step / cfg.steps)
+        share = 1 + (cfg.lr_end - 1) * min(1, step / cfg.steps)  # falls from 1 to lr_end
         agent.set_lr(cfg.lr * share, cfg.critic_lr * share)
         agent.actor_tau = cfg.actor_tau * share
         for _ in range(cfg.updates if step >= starts else 0):
             metrics = agent.update(replay.sample(cfg.batch_size // PROCESSES))
+        policy.load_state_dict(agent.policy.state_dict())
         clock.lap("SAC")
         if RANK > 0:
             continue
         test = math.nan
-        if (len(rows) + 1) % cfg.test_every == 0 or step >= cfg.steps:  # without exploration
+        if (len(rows) + 1) % cfg.test_every == 0 or step >= cfg.steps:
             act = partial(policy.act, deterministic=True)
             test = float(rollout(world, act, seed, label, clock)[2].sum(0).mean())
         row = {"step": step, "seconds": time.time() - start, "return": reward.sum(0).mean(),
                "success": (goal.mean(0) >= 0.5).mean(), "test": test, **metrics}
         rows.append([float(x) for x in row.values()])
-        if test > best:  # the paper's choice, too
+        if test > best:  # the policy with the best test is kept, as in the paper
             best = test
             save(policy.state_dict(), folder / "best.pt")
         if PROCESSES == 1 and (time.time() > saved + 120 or step >= cfg.steps):
-            used = [x[:replay.size].to("cpu", copy=True) for x in replay.data]
+            used = [x[:replay.size].to("cpu", copy=True) for x in replay.data]  # no view: it is all
             save({"agent": agent.state_dict(), "replay": used, "next": replay.next, "step": step,
                   "best": best, "rows": rows}, folder / "last.pt")
             saved = time.time()
@@ -458,57 +461,56 @@ def train(cfg, folder, label, world, agent, replay):
         bar.set_postfix_str(f"return {row['return']:.2f}, success {row['success']:.0%}, {shares}")
         bar.update(step - bar.n)
     if RANK == 0:
-        finish(cfg, folder, label, copy.deepcopy(agent.policy).cpu(), start)
+        finish(cfg, folder, label, policy, start)
 
 def finish(cfg, folder, label, policy, start):
-    """Test the best policy; film it, in a rollout whose rewards are pictures."""
+    """Test the best policy and film it. Success: the goal holds in half of an episode's steps."""
     policy.load_state_dict(torch.load(folder / "best.pt", weights_only=True))
     act = partial(policy.act, deterministic=True)
-    n = min(100, -(-cfg.steps // cfg.episode_length))
+    n = min(100, math.ceil(cfg.steps / cfg.episode_length))
     world, seed = World(cfg, n, getattr(label, "image_size", 64)), cfg.seed + 1_000_000
     _, _, reward, _, goal = rollout(world, act, seed, label, Clock())
     if label:
-        film = rollout(World(cfg, 1, 192), act, seed, torch.from_numpy, Clock())[2][:, 0]
+        pictures = torch.from_numpy  # as a label: the "reward" is the picture itself
+        film = rollout(World(cfg, 1, 192), act, seed, pictures, Clock())[2][:, 0]  # (T, H, W, 3)
         first, *others = map(Image.fromarray, film)
         first.save(folder / "film.gif", save_all=True, append_images=others, duration=30, loop=0)
-        Image.fromarray(np.concatenate(film[::len(film) // 10 or 1], 1)).save(folder / "film.png")
+        Image.fromarray(np.concatenate(film[::-(-len(film) // 10)], 1)).save(folder / "film.png")
     success = f"success rate {(goal.mean(0) >= 0.5).mean():.0%}" if cfg.task else "no criterion"
-    print(f"best policy, {n} deterministic episodes: CLIP return {reward.sum(0).mean():.2f}, "
-          f"{success}, {(time.time() - start) / 60:.1f} minutes; see {folder}", flush=True)
+    name, minutes = "CLIP" if label else "true", (time.time() - start) / 60
+    print(f"best policy, {n} deterministic episodes: {name} return {reward.sum(0).mean():.2f}, "
+          f"{success}, {minutes:.1f} minutes; see {folder}", flush=True)
 
 def build(cfg):
     """label (or None), world, agent, replay; nothing is written yet."""
     torch.manual_seed(cfg.seed)  # all processes begin with the same networks
     sac.use_onednn()
     device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
-    args = cfg.prompt, cfg.baseline, cfg.alpha, cfg.clip, device
-    label = CLIPReward(*args) if cfg.reward == "clip" else None
+    label = None
+    if cfg.reward == "clip":  # another reward model goes here
+        label = CLIPReward(cfg.prompt, cfg.baseline, cfg.alpha, cfg.clip, device)
     world = World(cfg, cfg.num_envs // PROCESSES, getattr(label, "image_size", 64))
     obs, _ = world.reset()
     if label:
-        warn_of_unknown(label.clip, (), cfg.env_id)
         label(world.render())  # what is missing shows now
     sizes = obs.shape[1], math.prod(world.single_action_space.shape)
     agent = sac.SAC(*sizes, gamma=cfg.gamma, tau=cfg.tau, device=device, hidden=cfg.hidden,
                     temperature=cfg.temperature, layer_norm=cfg.layer_norm)
     n = cfg.num_envs * cfg.episode_length
-    print(f"{cfg.num_envs} x {cfg.env_id}, {world.image_size} px by {world.drawn_by}, {cfg.clip} "
-          f"on {device}; {n} transitions an iteration, {n / cfg.updates} per update", flush=True)
+    print(f"{cfg.num_envs} x {cfg.env_id}, {world.image_size} px, {cfg.clip} on {device}; "
+          f"{n} transitions an iteration, {n / cfg.updates} per update", flush=True)
     return label, world, agent, sac.Replay(max(cfg.replay, n) // PROCESSES, *sizes, device)
 
 def resume(folder, agent, replay):
-    """step, best and rows of last.pt; nothing in it is executed."""
+    """step, best and rows of last.pt, if the run has begun; nothing in it is executed."""
+    if not (folder / "progress.csv").exists():
+        return 0, -math.inf, []
     try:
-        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # to the very end
-        if not (folder / "progress.csv").exists():
-            return 0, -math.inf, []
         saved = torch.load(folder / "last.pt", weights_only=True, map_location="cpu")
         agent.load_state_dict(saved["agent"])
         replay.add(*saved["replay"])
         replay.next = saved["next"]
         return saved["step"], saved["best"], saved["rows"]
-    except BlockingIOError:
-        raise UsageError(f"another process writes to {folder}")
     except Exception as error:
         raise UsageError(f"{folder}/last.pt is damaged or another run's ({error})")
 
@@ -519,29 +521,29 @@ def save(content, path):
 
 # --- the command line
 def fold(text):
-    """What CLIP sees."""
+    """Prompts that differ only in case and spaces are one."""
     return " ".join(text.lower().split())
 
 def configure(paper=False, **asked):
     """What is asked for; else what suits task, picture model and machine."""
-    clip = asked.get("clip", "" if torch.cuda.is_available() else "tiny_clip")
-    lesson = clip == "tiny_clip" or clip and Path(clip).resolve().is_relative_to(TINY_CLIP)
-    settings = LESSON if lesson else {}
-    if lesson:
-        print(f"lesson: tiny_clip (GPUs: {torch.cuda.device_count()}); real: --clip {Config.clip}")
+    clip = asked.setdefault("clip", Config.clip if torch.cuda.is_available() else "tiny_clip")
+    settings = LESSON if TINY_CLIP.parent / clip == TINY_CLIP else {}
+    if settings:
+        print("lesson: tiny_clip, of humanoid, pole and mountain car only (GPUs: "
+              f"{torch.cuda.device_count()}); real: --clip {Config.clip}")
     if Config(**asked).env_id == TASKS["cartpole"].env_id:
         settings = settings | ({"episode_length": 200} if paper else CARTPOLE)
-    if clip not in ("", "tiny_clip") and Path(clip).is_dir():
-        asked["clip"] = str(Path(clip).resolve())  # so that --resume works from elsewhere
     return Config(**settings | (PAPER if paper else {}) | asked)
 
 def new_folder(cfg, out):
     """runs/<prompt>, then -2, -3, or `out`, which must not exist; with config.json."""
-    folder = Path(out or "runs/" + re.sub(r"\W+", "-", fold(cfg.prompt))[:60])
-    if out and folder.exists():
-        raise UsageError(f"--out {out} exists and is not overwritten: name another")
-    names = (folder.with_name(f"{folder.name}-{i}") for i in range(2, 10_000))
-    folder = next(name for name in (folder, *names) if not name.exists())
+    slug, number = re.sub(r"\W+", "-", fold(cfg.prompt))[:60], 1
+    folder = Path(out or f"runs/{slug}")
+    while folder.exists():
+        if out:
+            raise UsageError(f"--out {out} exists and is not overwritten: name another")
+        number += 1
+        folder = Path(f"runs/{slug}-{number}")
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(asdict(cfg), indent=2) + "\n")
     return folder
@@ -573,19 +575,18 @@ def main(argv=None):
         raise UsageError("--resume goes without other flags and without torchrun")
     cfg = read_config(Path(folder)) if folder else configure(**asked)
     if PROCESSES > 1:
-        if 0 < torch.cuda.device_count() <= RANK:
-            raise UsageError("more processes than GPUs")
-        device = torch.device("cuda", RANK) if torch.cuda.is_available() else None
-        torch.cuda.set_device(device or -1)
-        dist.init_process_group(device_id=device, timeout=datetime.timedelta(days=1))
+        gpu, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if 0 < gpus <= gpu or cfg.num_envs % PROCESSES or cfg.batch_size % PROCESSES:
+            raise UsageError("processes share --num-envs and --batch-size evenly, one for each GPU")
+        if gpus:
+            torch.cuda.set_device(gpu)
+        dist.init_process_group(timeout=datetime.timedelta(days=1))
     try:
         parts = build(cfg)
         if RANK == 0:
             folder = Path(folder) if folder else new_folder(cfg, out)
         train(cfg, folder, *parts)
-    except (RuntimeError, MemoryError) as error:
-        if "memory" not in repr(error).lower():
-            raise
+    except (torch.OutOfMemoryError, MemoryError) as error:
         raise UsageError(f"take a smaller --clip or --replay ({error})")
     except KeyboardInterrupt:
         if PROCESSES == 1 and folder:

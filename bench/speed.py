@@ -82,7 +82,7 @@ def torchs_products():
 def physics(rounds, num_envs=32, n=100):
     """Steps of Gymnasium's environments one after the other, as we use them, and in processes."""
     world = vlmrm.World(vlmrm.Config(task="kneeling"), num_envs)
-    processes = gym.make_vec("Humanoid-v5", num_envs, "async", **vlmrm.ENVS["Humanoid-v5"])
+    processes = gym.make_vec("Humanoid-v5", num_envs, "async", **vlmrm.HUMANOID)
     actions = np.random.default_rng(0).uniform(-0.4, 0.4, (n, num_envs, 17)).astype(np.float32)
 
     def steps(env):
@@ -149,8 +149,7 @@ def iteration(rounds, config, label, world, agent, replay):
     def whole():
         clock.now = time.perf_counter()
         episodes = vlmrm.rollout(world, policy.act, 0, label, clock)
-        rows = [x.reshape(-1, *x.shape[2:]) for x in episodes[:4]]
-        replay.add(*rows, terminated=np.zeros(len(rows[0])))
+        replay.add(*episodes[:4], terminated=np.zeros(episodes[2].shape))
         repeat(config.updates, update)
         clock.lap("SAC")
     whole()

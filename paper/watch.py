@@ -29,7 +29,7 @@ def main(argv=None):
     step = 0
     while viewer.is_running():
         action = policy.act(obs, deterministic=True)
-        obs = world.step(sac.to_env(world.single_action_space, action))[0]
+        obs = world.step(action.reshape(world.action_space.shape))[0]
         viewer.sync()
         time.sleep(sim.dt)
         step += 1

@@ -342,7 +342,7 @@ def policy_pictures(job, looks, folder):
     torch.set_num_threads(1)  # two of these run side by side
     torch.manual_seed(seed)
     task = concept if judged_by == "clip" else "kneeling"
-    config = vlmrm.Config(task=task, looks=looks, num_envs=32, reset_noise_scale=0.03)
+    config = vlmrm.Config(task=task, looks=looks, num_envs=32)
     label, world = None, WatchedWorld(config, concept)
     if judged_by == "clip":
         label, world = vlmrm.CLIPReward(config.prompt, clip=str(folder)), WatchedWorld(config)
@@ -354,7 +354,7 @@ def policy_pictures(job, looks, folder):
         obs, action, reward, next_obs, goal = (x.reshape(-1, *x.shape[2:]) for x in episodes)
         replay.add(obs, action, reward, next_obs, terminated=np.zeros(len(reward)))
         if i == 2:
-            agent.fit_scales(replay.sample(replay.size), 0.3)
+            agent.fit_scales(obs, reward, 0.3)
         for _ in range(400 if i >= 2 else 0):
             agent.update(replay.sample(256))
         if i % 5 == 0:
@@ -417,11 +417,11 @@ def fit(model, frames, truth, steps, lr, rng, batch=192):
     model.eval()
 
 def save(model, folder):
-    """The folder that vlmrm.py loads; `words` and `worlds` are what it may be asked about."""
+    """The folder that vlmrm.py loads; `words` are what it may be asked about."""
     texts = [template.format(phrase).lower() for templates, phrases in CAPTIONS.values()
              for template in templates for phrase in phrases]
     words = sorted({word.strip(",.") for text in texts for word in text.split()})
-    content = CONFIG | {"words": words, "worlds": list(WORLDS)}
+    content = CONFIG | {"words": words}
     folder.mkdir(exist_ok=True)
     (folder / "open_clip_config.json").write_text(json.dumps(content, indent=2) + "\n")
     state = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
