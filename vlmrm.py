@@ -378,7 +378,7 @@ class Config:
 
 PAPER = dict(updates=100, batch_size=512, learning_starts=50_000, gamma=0.95, actor_tau=1.0,
              lr=6e-4, critic_lr=6e-4, lr_end=1.0, temperature=1.0, layer_norm=0, reward_std=0.0)
-LESSON = dict(looks="plain", steps=256_000, test_every=2)
+LESSON = dict(looks="plain", steps=192_000, test_every=2)
 CARTPOLE = dict(steps=96_000, num_envs=16, episode_length=200, updates=300, learning_starts=3200,
                 gamma=0.99, tau=0.01, actor_tau=0.01, lr=1e-3, hidden=128)
 
@@ -475,7 +475,7 @@ def finish(cfg, folder, label, policy, start):
         film = rollout(World(cfg, 1, 192), act, seed, pictures, Clock())[2][:, 0]  # (T, H, W, 3)
         first, *others = map(Image.fromarray, film)
         first.save(folder / "film.gif", save_all=True, append_images=others, duration=30, loop=0)
-        Image.fromarray(np.concatenate(film[::-(-len(film) // 10)], 1)).save(folder / "film.png")
+        Image.fromarray(np.concatenate(film[::1 + len(film) // 11], 1)).save(folder / "film.png")
     success = f"success rate {(goal.mean(0) >= 0.5).mean():.0%}" if cfg.task else "no criterion"
     name, minutes = "CLIP" if label else "true", (time.time() - start) / 60
     print(f"best policy, {n} deterministic episodes: {name} return {reward.sum(0).mean():.2f}, "
