@@ -93,7 +93,7 @@ class Replay:
         self.data = Transitions(*(torch.zeros(capacity, *s, device=device) for s in shapes))
 
     def add(self, obs, action, reward, next_obs, terminated):
-        """reward's shape tells how many transitions, at most `capacity`; the oldest make room."""
+        """As many transitions as reward has numbers, at most `capacity`; the oldest make room."""
         block = Transitions(obs, action, reward, next_obs, terminated)
         n = math.prod(reward.shape)
         if n > self.capacity:
@@ -147,7 +147,7 @@ class SAC(nn.Module):
 
     def fit_scales(self, obs, reward, reward_std):
         """Shift and scale obs (..., obs_dim) to mean 0 and standard deviation 1, rewards to 0 and
-        `reward_std`. For tasks that never end: else the shift would say whether ending pays."""
+        `reward_std`. Only if tasks never end: a shift of rewards changes whether ending pays."""
         obs, reward = (torch.as_tensor(x, dtype=torch.float32) for x in (obs, reward))
         obs = obs.flatten(0, -2)  # (n, obs_dim)
         for network in (self.actor, self.policy, self.critic, self.target_critic):
@@ -234,14 +234,13 @@ def make_envs(env_id, num_envs, **kwargs):
         raise UsageError(f"--env-id {env_id}: {error}")
     action, obs = envs.single_action_space, envs.single_observation_space
     continuous = isinstance(action, gym.spaces.Box) and action.dtype.kind == "f"
-    if not continuous or not action.is_bounded() or len(obs.shape or ()) != 1:
+    bounded = continuous and action.is_bounded() and (action.low < action.high).all()
+    if not bounded or len(obs.shape or ()) != 1:
         raise UsageError(f"--env-id {env_id} has not bounded float Box actions and vector "
                          f"observations, but {action} and {obs}")
-    ones = np.ones(action.shape, action.dtype)
-    return gym.wrappers.vector.RescaleAction(envs, -ones, ones)
+    return gym.wrappers.vector.RescaleAction(envs, np.float32(-1), np.float32(1))
 
 def main(argv=None):
-    """The command line."""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
     parser.add_argument("--env-id", default="Pendulum-v1")
     parser.add_argument("--steps", type=int, default=20_000)

@@ -49,7 +49,7 @@ class Toy(gym.Env):
 for toy, arguments in {
         "Endless": {}, "Scalar": dict(action=gym.spaces.Box(-2, 3, ())),
         "Matrix": dict(action=gym.spaces.Box(-2, 3, (2, 2))),
-        "Row": dict(action=gym.spaces.Box(-2, 3, (1, 3))),
+        "Row": dict(action=gym.spaces.Box(-2, 3, (1, 3))), "Fixed": dict(action=gym.spaces.Box(1, 1)),
         "Integer": dict(action=gym.spaces.Box(-100, 100, (1,), np.int8)),
         "Several": dict(action=gym.spaces.MultiDiscrete([2, 3])), "Image": dict(obs=(8, 8, 3)),
         "Truncates": dict(end=3), "Blank": dict(draws=False)}.items():
@@ -295,14 +295,13 @@ def test_discrete_actions_are_the_largest_of_continuous_ones():
 
 @pytest.mark.parametrize("toy", ["Scalar", "Matrix", "Row", "Truncates"])
 def test_actions_of_any_shape_reach_the_environment_in_its_own_units_and_past_its_end(toy):
-    world = World(configure(env_id=f"{toy}-v0", prompt="a cart"), 2)
-    world.reset()
+    world = World(configure(env_id=f"{toy}-v0", prompt="a cart", episode_length=5), 2)
     shape = world.action_space.shape
-    action = np.linspace(-1, 1, np.prod(shape), dtype=np.float32).reshape(shape)
-    for time in range(1, 6):
-        ends = world.step(action)[2:4]
-        assert world.sims[1].time == time and not np.any(ends)
-    for sim, row in zip(world.sims, action):
+    flat = np.linspace(-1, 1, np.prod(shape), dtype=np.float32).reshape(2, -1)
+    action = vlmrm.rollout(world, lambda obs: flat, 0, None, vlmrm.Clock())[1]
+    assert action.shape == (5, *shape) and not np.any(world.step(action[0])[2:4])
+    for sim, row in zip(world.sims, flat.reshape(shape)):
+        assert sim.time == 6
         np.testing.assert_allclose(sim.action, row * 2.5 + 0.5, atol=1e-6)
 
 def test_tiny_clip_is_small_half_precision_and_prefers_true_captions():
@@ -422,8 +421,9 @@ def test_sac_learns_to_hold_the_pole_and_always_ends_with_the_mean_return(capsys
     ("--clip weightless", "open_clip_model.safetensors"), ("--clip ''", "does not load"),
     ("--alpha 1.5", "--alpha 1.5"), ("--prompt 'A humanoid robot' --alpha 0.5", "must differ"),
     ("--env-id Hopper-v5 --alpha 0.5", "--baseline"), ("--num-envs -2", "--num-envs -2"),
-    ("--lr nan", "--lr nan"), ("--seed -1", "--seed -1"), ("--steps many", "int value: 'many'"),
-    ("--looks nice", "plain"), ("--reward truth", "--task"), ("--env-id Antt-v5", "Antt"),
+    ("--lr nan", "--lr nan"), ("--lr inf", "--lr inf"), ("--replay 9999999999", "smaller --clip"),
+    ("--seed -1", "--seed -1"), ("--steps many", "'many'"), ("--looks nice", "plain"),
+    ("--reward truth", "--task"), ("--env-id Antt-v5", "Antt"), ("--env-id Fixed-v0", "float Box"),
     ("--out weightless", "not overwritten"), ("--out garbled/config.json/run", "Not a directory"),
     ("--env-id Integer-v0", "float Box"), ("--env-id Several-v0", "MultiDiscrete"),
     ("--env-id Image-v0", "vector observations"), ("--env-id Blank-v0", "pictures must be"),
@@ -448,12 +448,12 @@ def test_bad_input_is_one_line_and_exit_code_2(line, message, tmp_path, capsys, 
     assert sorted(tmp_path.rglob("*")) == before
 
 @pytest.mark.parametrize("argv, expected", [
-    (["--clip", str(TINY_CLIP)], dict(looks="plain", steps=256_000, updates=400, task="kneeling")),
+    (["--clip", str(TINY_CLIP)], dict(looks="plain", steps=192_000, updates=400, task="kneeling")),
     (["--paper", "--lr", "0.1"], dict(
         clip="tiny_clip", looks="plain", updates=100, batch_size=512, gamma=0.95, lr=0.1,
         learning_starts=50_000, actor_tau=1.0, layer_norm=0, tau=0.005)),
     (["--paper", "--clip", "ViT-bigG-14/laion2b_s39b_b160k"], dict(
-        looks="paper", steps=10_000_000, num_envs=32, layer_norm=0, lr=6e-4)),
+        looks="paper", steps=10_000_000, num_envs=32, reward_std=0.0, lr=6e-4)),
     (["--env-id", "InvertedPendulum-v5"], dict(num_envs=16, gamma=0.99, task="")),
     (["--prompt", "Pole vertically  upright on top of the CART\n"], dict(
         task="cartpole", env_id="InvertedPendulum-v5", baseline="pole and cart")),
@@ -490,9 +490,9 @@ def test_training_end_to_end_with_pictures_of_the_states_reached(tmp_path, monke
     assert Image.open("runs/cart/film.png").size == (1920, 192)
     assert Image.open("runs/cart/film.gif").n_frames == 10
     out = capsys.readouterr().out
-    assert len(re.findall("best policy, .* episodes: CLIP return .* success rate", out)) == 2
+    assert len(re.findall("episodes: CLIP return .* success", out)) == out.count("true return") == 2
     assert "lesson" in out and " 10.0 per update" in out and not list(tmp_path.rglob("*.tmp"))
-    obs, _, reward, next_obs, terminated = torch.load("runs/cart/last.pt")["replay"]
+    obs, action, reward, next_obs, terminated = torch.load("runs/cart/last.pt")["replay"]
     assert len(reward) == 120 and not terminated.any() and reward.std() > 0.02
     for start in range(0, 120, 20):  # of an iteration: 10 steps of 2 simulations
         assert torch.equal(obs[start + 2:start + 20], next_obs[start:start + 18])
@@ -503,6 +503,10 @@ def test_training_end_to_end_with_pictures_of_the_states_reached(tmp_path, monke
     best = max(rows[1::2], key=lambda row: float(row["test"]))  # that policy is kept
     seed = int(np.random.SeedSequence((0, int(best["step"]) - 20, 0)).generate_state(1)[0])
     policy.load_state_dict(torch.load("runs/cart/best.pt"))
+    assert_close(policy.obs_mean, obs[:20].mean(0))  # of the first iteration, whose actions
+    space, first = World(cfg, 2).action_space, np.random.SeedSequence((0, 0, 0))  # are random
+    space.seed(int(first.generate_state(1)[0]))
+    assert_close(action[:2], torch.from_numpy(space.sample()))
     act = partial(policy.act, deterministic=True)
     reward = vlmrm.rollout(World(cfg, 2), act, seed, UPRIGHT, vlmrm.Clock())[2]
     assert reward.sum(0).mean() == pytest.approx(float(best["test"]), abs=1e-3)
@@ -582,7 +586,7 @@ def test_files_of_others_are_refused_and_run_nothing(tmp_path, monkeypatch):
             vlmrm.main(["--resume", "run"])
     assert not Path("hacked").exists()
 
-def test_without_opengl_it_imports_and_says_what_to_install(tmp_path, monkeypatch):
+def test_without_opengl_it_imports_and_says_what_to_install(tmp_path):
     draw = "import sac, vlmrm as v; sac.run(v.World(v.Config(task='kneeling'), 1).render)"
     process = spawn("-c", draw, cwd=tmp_path, MUJOCO_GL="foo")
     err = process.communicate(timeout=120)[1]
@@ -612,6 +616,11 @@ for x in (*agent.parameters(), *agent.buffers()):
 dist.destroy_process_group()
 sac.run(vlmrm.main)
 """
+
+def test_processes_that_cannot_share_evenly_are_refused(monkeypatch):
+    monkeypatch.setattr(vlmrm, "PROCESSES", 3)
+    with pytest.raises(UsageError, match="processes: .*--num-envs"):
+        vlmrm.main(["--prompt", "a humanoid robot kneeling"])
 
 def test_two_processes_make_the_step_of_the_whole_minibatch_and_one_run(tmp_path):
     (tmp_path / "halves.py").write_text(HALVES)

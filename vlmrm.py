@@ -112,7 +112,7 @@ def load_clip(clip, dtype=torch.float32):
     torch.set_default_dtype(dtype)  # or it builds in float32: 10 GB on the host for ViT-bigG-14
     try:
         tokenizer, trained = open_clip.get_tokenizer(name), tag != "random"
-        quick = open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False)  # OpenAI's
+        quick = open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False)  # as trained
         return open_clip.create_model(name, tag if trained else None, force_quick_gelu=quick,
                                       require_pretrained=trained), tokenizer
     except Exception as error:
@@ -163,12 +163,12 @@ TASKS = {
     "cartpole": Task("pole vertically upright on top of the cart", "InvertedPendulum-v5",
                      "pole and cart")}
 # A body's frame (..., 3, 4), m: rows are the world's axes, columns the body's front, left, up and
-# centre, so that frame @ (x, y, z, 1) is one of its points in the world.
+# centre; frame @ (x, y, z, 1) is the body's point x, y, z in the world.
 X, Y, Z, CENTRE = range(4)
-MIRROR = np.array([[[1, -1, 1, 1]], [[1, 1, 1, 1]]])  # of limbs: Y of right ones outwards, too
+MIRROR = np.array([[[1, -1, 1, 1]], [[1, 1, 1, 1]]])  # a right limb's Y points outwards, too
 
 class Humanoid:
-    """What the eight criteria need of states qpos (N, nq). Only --reward truth learns from them."""
+    """Bodies in states qpos (N, nq), for the eight criteria. Only --reward truth trains on them."""
     def __init__(self, model, qpos):
         data, frames = mujoco.MjData(model), []
         for state in qpos:
@@ -188,7 +188,7 @@ class Humanoid:
         """How far points (N, 2, 3) of right and left are on their own side of a body: (N, 2)."""
         return ((points - frame[..., CENTRE]) * frame[..., Y]).sum(-1) * (-1, 1)
     def goals(self):
-        """Task -> (N,) bool: our reading of the prompts, for the paper's human rater."""
+        """Task -> (N,) bool: our reading of the prompts; the paper asked a person."""
         torso, pelvis, thigh, shin = self.torso, self.pelvis, self.thigh, self.shin
         upright = torso[:, 0, Z, Z] > 0.8  # 37 degrees from vertical
         tall = upright & (pelvis[:, 0, Z, CENTRE] > 0.8)  # 0.97 when standing
@@ -197,9 +197,9 @@ class Humanoid:
         on_knees = (shin[..., Z, X] < -0.5) & (self.knee_gap < 0.015)
         knees, feet = self.outwards(pelvis, shin[..., CENTRE]), self.outwards(pelvis, self.feet)
         crossed = (knees > 0.2) & (feet < knees - 0.1) & (self.knee_gap < 0.1)
-        straight = (thigh[..., Z] * shin[..., Z]).sum(-1) > math.cos(math.radians(34))
+        straight = (thigh[..., Z] * shin[..., Z]).sum(-1) > 0.825  # bent by at most 34.4 degrees
         flat = straight & (self.foot_gap < 0.1) & (self.knee_gap < 0.1)
-        spread = (thigh[:, 0, :, Z] * thigh[:, 1, :, Z]).sum(-1) < math.cos(math.radians(100))
+        spread = (thigh[:, 0, :, Z] * thigh[:, 1, :, Z]).sum(-1) < -0.1736  # 100 degrees apart
         to_hips = np.linalg.norm(self.hands - (pelvis * MIRROR) @ (0, 0.2, 0.05, 1), axis=-1)
         reach = self.hands - torso[..., CENTRE]
         across = self.outwards(torso, self.hands) < -0.05
@@ -222,6 +222,7 @@ CAMERAS = {  # others: Gymnasium's
     "Humanoid-v5 paper": dict(distance=3.5, azimuth=180, elevation=-10, lookat=(0, 0, 1)),
     "Humanoid-v5 plain": dict(distance=2.3, azimuth=125, elevation=-15, lookat=(0, 0, 0.65)),
     "InvertedPendulum-v5 plain": dict(distance=2.2, azimuth=90, elevation=0, lookat=(0, 0, 0.2))}
+CAMERAS["InvertedPendulum-v5 paper"] = CAMERAS["InvertedPendulum-v5 plain"]
 TEXTURES = {  # of "paper": a sky, metal with specks, tiles with joints
     "": dict(rgb1=(0.85, 0.92, 1), rgb2=(0.25, 0.45, 0.8)),
     "texgeom": dict(rgb1=(0.95,) * 3, rgb2=(0.85,) * 3, markrgb=(0.6, 0.6, 0.65), random=0.1,
@@ -234,7 +235,7 @@ COLOURS = {  # of "plain": what captions name
 
 def dress(spec, looks, size):
     """Give an MjSpec the looks (paper: appendix C.2), with cheap edges and shadows: 8 times as fast
-    in software, for 0.6 of 255."""
+    in software, pixels off by 0.6 of 255."""
     quality, paper, plain = spec.visual.quality, looks == "paper", looks == "plain"
     quality.offsamples, quality.shadowsize = 0, 4 * size
     quality.numslices, quality.numstacks = (10, 6) if plain else (16, 8)
@@ -261,7 +262,7 @@ def dress(spec, looks, size):
         material.reflectance, material.specular, material.shininess = 0, 1, 1
 
 class Endless(gym.Wrapper):
-    """Without ends and rewards: they tell the task. Discrete(n) is n numbers, the largest acts."""
+    """Hides end and reward: they tell the task. Discrete(n) becomes n numbers; the largest acts."""
     def __init__(self, env):
         super().__init__(env)
         if isinstance(env.action_space, gym.spaces.Discrete):
@@ -345,22 +346,22 @@ class Config:
     tau: float = 0.005  # of the target critic, per update
     actor_tau: float = 0.002  # of the averaged actor, which acts (paper: 1)
     lr: float = 3e-4  # of actor and temperature (paper: 6e-4)
-    critic_lr: float = 1e-3  # paper: 6e-4
+    critic_lr: float = 1e-3  # of the critic (paper: 6e-4)
     lr_end: float = 0.1  # share of lr, critic_lr and actor_tau at the end (paper: 1)
     hidden: int = 256  # units per layer
     temperature: float = 0.05  # the first entropy coefficient (paper: 1)
     layer_norm: int = 1  # in the critic (paper: 0)
-    reward_std: float = 0.3  # of standardised rewards, obs: 1 (paper: 0, as they are)
+    reward_std: float = 0.3  # of scaled rewards; obs get 1 (paper: 0, both as they are)
     def __post_init__(self):
-        """The task, which its prompt may name, gives what is missing."""
+        """Fill in from the task, named by --task or by its prompt."""
         names = {fold(task.prompt): name for name, task in TASKS.items()}
         self.task = self.task or names.get(fold(self.prompt), "")
         if self.task not in (*TASKS, ""):
             raise UsageError(f"--task is one of {', '.join(TASKS)}")
         task = TASKS.get(self.task, Task(self.prompt))
-        if self.env_id not in ("", task.env_id):  # the criterion is not of this world
+        if self.env_id not in ("", task.env_id):  # another world: no criterion
             self.task = ""
-            if self.alpha > 0:  # nor is the baseline, which alpha = 0 does not use
+            if self.alpha > 0:  # and no baseline; alpha = 0 uses none
                 task = task._replace(baseline="")
         self.prompt = self.prompt or task.prompt
         self.env_id = self.env_id or task.env_id
@@ -369,12 +370,12 @@ class Config:
             raise UsageError(f"give --prompt and --baseline, or --task: {', '.join(TASKS)}")
         rewards = ("clip", "truth") if self.task else ("clip",)
         if self.looks not in ("paper", "plain", "original") or self.reward not in rewards:
-            raise UsageError("--looks: paper, plain, original; --reward: clip or, for tasks, truth")
+            raise UsageError("--looks paper, plain, original; --reward clip or, with --task, truth")
         for name, value in asdict(self).items():
-            most = 1 if name in ("alpha", "gamma", "tau", "actor_tau", "lr_end") else math.inf
-            zero = value == 0 and name in ("alpha", "seed", "layer_norm", "reward_std")
-            if not isinstance(value, str) and not zero and not 0 < value <= most:
-                raise UsageError(f"--{name.replace('_', '-')} {value} is not from 0 to {most}")
+            most = 1 if name in ("alpha", "gamma", "tau", "actor_tau", "lr_end") else 1e10
+            least = 0 if name in ("alpha", "seed", "layer_norm", "reward_std") else 1e-10
+            if not isinstance(value, str) and not least <= value <= most:
+                raise UsageError(f"--{name.replace('_', '-')} {value}: from {least} to {most:g}")
 
 PAPER = dict(updates=100, batch_size=512, learning_starts=50_000, gamma=0.95, actor_tau=1.0,
              lr=6e-4, critic_lr=6e-4, lr_end=1.0, temperature=1.0, layer_norm=0, reward_std=0.0)
@@ -389,8 +390,8 @@ class Clock(Counter):
         self[part] += self.now - before
 
 def rollout(world, policy, seed, label, clock):
-    """An episode of each simulation, (T, N, ...): obs, action in [-1, 1], random without policy,
-    reward = label(picture of next_obs) or, without label, the goal, next_obs, and the goal."""
+    """An episode of each simulation: obs, action, reward, next_obs and goal, (T, N, ...) each.
+    Random actions without policy; reward = label(pictures of next_obs), else the goal."""
     steps, (obs, _), space = [], world.reset(seed=seed), world.action_space
     space.seed(seed)
     clock.now = time.perf_counter()
@@ -452,7 +453,7 @@ def train(cfg, folder, label, world, agent, replay):
             best = test
             save(policy.state_dict(), folder / "best.pt")
         if PROCESSES == 1 and (time.time() > saved + 120 or step >= cfg.steps):
-            used = [x[:replay.size].to("cpu", copy=True) for x in replay.data]  # no view: it is all
+            used = [x[:replay.size].to("cpu", copy=True) for x in replay.data]  # a view saves all
             save({"agent": agent.state_dict(), "replay": used, "next": replay.next, "step": step,
                   "best": best, "rows": rows}, folder / "last.pt")
             saved = time.time()
@@ -471,8 +472,7 @@ def finish(cfg, folder, label, policy, start):
     world, seed = World(cfg, n, getattr(label, "image_size", 64)), cfg.seed + 1_000_000
     _, _, reward, _, goal = rollout(world, act, seed, label, Clock())
     if label:
-        pictures = torch.from_numpy  # as a label: the "reward" is the picture itself
-        film = rollout(World(cfg, 1, 192), act, seed, pictures, Clock())[2][:, 0]  # (T, H, W, 3)
+        film = rollout(World(cfg, 1, 192), act, seed, torch.from_numpy, Clock())[2][:, 0]  # images
         first, *others = map(Image.fromarray, film)
         first.save(folder / "film.gif", save_all=True, append_images=others, duration=30, loop=0)
         Image.fromarray(np.concatenate(film[::1 + len(film) // 11], 1)).save(folder / "film.png")
@@ -486,9 +486,8 @@ def build(cfg):
     torch.manual_seed(cfg.seed)  # all processes begin with the same networks
     sac.use_onednn()
     device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
-    label = None
-    if cfg.reward == "clip":  # another reward model goes here
-        label = CLIPReward(cfg.prompt, cfg.baseline, cfg.alpha, cfg.clip, device)
+    args = cfg.prompt, cfg.baseline, cfg.alpha, cfg.clip, device
+    label = CLIPReward(*args) if cfg.reward == "clip" else None  # another reward model goes here
     world = World(cfg, cfg.num_envs // PROCESSES, getattr(label, "image_size", 64))
     obs, _ = world.reset()
     if label:
@@ -527,9 +526,9 @@ def fold(text):
 def configure(paper=False, **asked):
     """What is asked for; else what suits task, picture model and machine."""
     clip = asked.setdefault("clip", Config.clip if torch.cuda.is_available() else "tiny_clip")
-    settings = LESSON if TINY_CLIP.parent / clip == TINY_CLIP else {}
+    settings = LESSON if "tiny_clip" in Path(clip).parts else {}
     if settings:
-        print("lesson: tiny_clip, of humanoid, pole and mountain car only (GPUs: "
+        print("lesson: tiny_clip knows humanoid, pole and mountain car only (GPUs: "
               f"{torch.cuda.device_count()}); real: --clip {Config.clip}")
     if Config(**asked).env_id == TASKS["cartpole"].env_id:
         settings = settings | ({"episode_length": 200} if paper else CARTPOLE)
@@ -568,16 +567,15 @@ def parse(argv):
     return vars(parser.parse_args(argv))
 
 def main(argv=None):
-    """The command line."""
     asked = parse(argv)
     folder, out = asked.pop("resume", None), asked.pop("out", None)
     if folder and (asked or out or PROCESSES > 1):
         raise UsageError("--resume goes without other flags and without torchrun")
     cfg = read_config(Path(folder)) if folder else configure(**asked)
     if PROCESSES > 1:
-        gpu, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        gpu, gpus = int(os.environ.get("LOCAL_RANK", RANK)), torch.cuda.device_count()
         if 0 < gpus <= gpu or cfg.num_envs % PROCESSES or cfg.batch_size % PROCESSES:
-            raise UsageError("processes share --num-envs and --batch-size evenly, one for each GPU")
+            raise UsageError("processes: at most one a GPU; --num-envs, --batch-size: multiples")
         if gpus:
             torch.cuda.set_device(gpu)
         dist.init_process_group(timeout=datetime.timedelta(days=1))
@@ -586,7 +584,9 @@ def main(argv=None):
         if RANK == 0:
             folder = Path(folder) if folder else new_folder(cfg, out)
         train(cfg, folder, *parts)
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in repr(error).lower():
+            raise
         raise UsageError(f"take a smaller --clip or --replay ({error})")
     except KeyboardInterrupt:
         if PROCESSES == 1 and folder:

@@ -83,7 +83,8 @@ def physics(rounds, num_envs=32, n=100):
     """Steps of Gymnasium's environments one after the other, as we use them, and in processes."""
     world = vlmrm.World(vlmrm.Config(task="kneeling"), num_envs)
     processes = gym.make_vec("Humanoid-v5", num_envs, "async", **vlmrm.HUMANOID)
-    actions = np.random.default_rng(0).uniform(-0.4, 0.4, (n, num_envs, 17)).astype(np.float32)
+    processes = gym.wrappers.vector.RescaleAction(processes, np.float32(-1), np.float32(1))
+    actions = np.random.default_rng(0).uniform(-1, 1, (n, num_envs, 17)).astype(np.float32)
 
     def steps(env):
         env.reset(seed=0)

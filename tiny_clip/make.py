@@ -353,7 +353,7 @@ def policy_pictures(job, looks, folder):
         episodes = vlmrm.rollout(world, agent.act, 1000 * seed + 32 * i, label, vlmrm.Clock())
         obs, action, reward, next_obs, goal = (x.reshape(-1, *x.shape[2:]) for x in episodes)
         replay.add(obs, action, reward, next_obs, terminated=np.zeros(len(reward)))
-        if i == 2:
+        if i == 1:
             agent.fit_scales(obs, reward, 0.3)
         for _ in range(400 if i >= 2 else 0):
             agent.update(replay.sample(256))
