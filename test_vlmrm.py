@@ -47,12 +47,12 @@ class Toy(gym.Env):
         return frame if self.draws else None
 
 for toy, arguments in {
-        "Endless": {}, "Scalar": dict(action=gym.spaces.Box(-2, 3, ())),
+        "Endless": {}, "Scalar": dict(action=gym.spaces.Box(-2, 3, ())), "Truncates": dict(end=3),
         "Matrix": dict(action=gym.spaces.Box(-2, 3, (2, 2))),
-        "Row": dict(action=gym.spaces.Box(-2, 3, (1, 3))), "Fixed": dict(action=gym.spaces.Box(1, 1)),
+        "Row": dict(action=gym.spaces.Box(-2, 3, (1, 3))),
         "Integer": dict(action=gym.spaces.Box(-100, 100, (1,), np.int8)),
         "Several": dict(action=gym.spaces.MultiDiscrete([2, 3])), "Image": dict(obs=(8, 8, 3)),
-        "Truncates": dict(end=3), "Blank": dict(draws=False)}.items():
+        "Fixed": dict(action=gym.spaces.Box(1, 1)), "Blank": dict(draws=False)}.items():
     gym.register(f"{toy}-v0", Toy, kwargs=arguments)
 gym.register("Undrawn-v0", lambda: Toy())  # a constructor without render_mode
 
