@@ -93,7 +93,7 @@ class Replay:
         self.data = Transitions(*(torch.zeros(capacity, *s, device=device) for s in shapes))
 
     def add(self, obs, action, reward, next_obs, terminated):
-        """As many transitions as reward has numbers, at most `capacity`; the oldest make room."""
+        """As many transitions as reward has numbers, at most `capacity`."""
         block = Transitions(obs, action, reward, next_obs, terminated)
         n = math.prod(reward.shape)
         if n > self.capacity:
@@ -130,8 +130,8 @@ class SAC(nn.Module):
         self.register_buffer("reward_mean", torch.tensor(0.0))
         self.register_buffer("reward_scale", torch.tensor(1.0))
         self.to(device)
-        actor_parameters = [*self.actor.parameters(), self.log_temperature]
-        self.actor_opt = torch.optim.Adam(actor_parameters, lr=lr, fused=True)
+        groups = [{"params": self.actor.parameters()}, {"params": [self.log_temperature]}]
+        self.actor_opt = torch.optim.Adam(groups, lr=lr, fused=True)
         self.critic_opt = torch.optim.Adam(self.critic.parameters(), lr=critic_lr, fused=True)
 
     def get_extra_state(self):  # so that state_dict() is all of the agent
@@ -141,7 +141,7 @@ class SAC(nn.Module):
         self.actor_opt.load_state_dict(saved[0])
         self.critic_opt.load_state_dict(saved[1])
 
-    def set_lr(self, lr, critic_lr):
+    def set_lr(self, lr, critic_lr):  # the temperature keeps its own
         self.actor_opt.param_groups[0]["lr"] = lr
         self.critic_opt.param_groups[0]["lr"] = critic_lr
 
@@ -197,7 +197,7 @@ class SAC(nn.Module):
 
 def descend(optimizer, loss):
     """One step; torchrun's processes average the gradients of their minibatches."""
-    parameters = optimizer.param_groups[0]["params"]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad()
     loss.backward(inputs=parameters)  # the actor's loss passes through the critic
     if dist.is_initialized():

@@ -108,8 +108,8 @@ def load_clip(clip, dtype=torch.float32):
     elif clip not in names and tag != "random":
         near = ", ".join(difflib.get_close_matches(clip, names, 5, 0.0))
         raise UsageError(f"--clip {clip}: no folder and no pretrained model; near: {near}")
-    logging.disable(logging.ERROR)  # what open_clip logs is in its exception, too
-    torch.set_default_dtype(dtype)  # or it builds in float32: 10 GB on the host for ViT-bigG-14
+    logging.disable(logging.ERROR)  # its exception says it, too
+    torch.set_default_dtype(dtype)  # float32 takes 10 GB on the host for ViT-bigG-14
     try:
         tokenizer, trained = open_clip.get_tokenizer(name), tag != "random"
         quick = open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False)  # as trained
@@ -226,7 +226,7 @@ CAMERAS["InvertedPendulum-v5 paper"] = CAMERAS["InvertedPendulum-v5 plain"]
 TEXTURES = {  # of "paper": a sky, metal with specks, tiles with joints
     "": dict(rgb1=(0.85, 0.92, 1), rgb2=(0.25, 0.45, 0.8)),
     "texgeom": dict(rgb1=(0.95,) * 3, rgb2=(0.85,) * 3, markrgb=(0.6, 0.6, 0.65), random=0.1,
-                    builtin=1, mark=3),  # a gradient, random specks
+                    builtin=1, mark=3),  # gradient, specks
     "texplane": dict(rgb1=(0.45, 0.45, 0.47), rgb2=(0.5, 0.5, 0.52), markrgb=(0.8,) * 3, mark=1)}
 COLOURS = {  # of "plain": what captions name
     "thigh": (0.85, 0.15, 0.1), "shin": (1, 0.6, 0.1), "foot": (0.5, 0.2, 0.6),
@@ -347,7 +347,7 @@ class Config:
     actor_tau: float = 0.002  # of the averaged actor, which acts (paper: 1)
     lr: float = 3e-4  # of actor and temperature (paper: 6e-4)
     critic_lr: float = 1e-3  # of the critic (paper: 6e-4)
-    lr_end: float = 0.1  # share of lr, critic_lr and actor_tau at the end (paper: 1)
+    lr_end: float = 0.1  # share of the actor's lr, critic_lr, actor_tau at the end (paper: 1)
     hidden: int = 256  # units per layer
     temperature: float = 0.05  # the first entropy coefficient (paper: 1)
     layer_norm: int = 1  # in the critic (paper: 0)
@@ -493,8 +493,8 @@ def build(cfg):
     if label:
         label(world.render())  # what is missing shows now
     sizes = obs.shape[1], math.prod(world.single_action_space.shape)
-    agent = sac.SAC(*sizes, gamma=cfg.gamma, tau=cfg.tau, device=device, hidden=cfg.hidden,
-                    temperature=cfg.temperature, layer_norm=cfg.layer_norm)
+    agent = sac.SAC(*sizes, gamma=cfg.gamma, tau=cfg.tau, lr=cfg.lr, device=device,
+                    hidden=cfg.hidden, temperature=cfg.temperature, layer_norm=cfg.layer_norm)
     n = cfg.num_envs * cfg.episode_length
     print(f"{cfg.num_envs} x {cfg.env_id}, {world.image_size} px, {cfg.clip} on {device}; "
           f"{n} transitions an iteration, {n / cfg.updates} per update", flush=True)
