@@ -195,9 +195,8 @@ def test_any_environment_gets_the_reward_of_its_picture_and_passes_gymnasiums_ch
     (0, dict(render_mode="rgb_array_list")), *((n, dict(render_mode=None)) for n in (0, 2)),
     (2, dict(vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}))])
 def test_environments_that_do_not_draw_each_step_are_refused_when_wrapped(n, asked):
-    wrapper = vlmrm.WithCLIPRewards if n else vlmrm.WithCLIPReward
     with pytest.raises(UsageError, match='InvertedPendulum.*render_mode="rgb_array"'):
-        wrapper(make(n, **asked), UPRIGHT)
+        (vlmrm.WithCLIPRewards if n else vlmrm.WithCLIPReward)(make(n, **asked), UPRIGHT)
 
 def test_the_readmes_example_with_stable_baselines3_runs():
     pytest.importorskip("stable_baselines3")
@@ -287,8 +286,7 @@ def test_original_looks_are_gymnasiums(env_id):
     assert difference.mean((1, 2, 3)).max() < 1 and np.std(frames) > 10  # edges are coarser
 
 def test_discrete_actions_are_the_largest_of_continuous_ones():
-    world = World(configure(env_id="CartPole-v1", prompt="a pole"), 1)
-    theirs = gym.make("CartPole-v1")
+    world, theirs = World(configure(env_id="CartPole-v1", prompt="a"), 1), gym.make("CartPole-v1")
     assert np.array_equal(world.reset(seed=0)[0][0], theirs.reset(seed=0)[0])
     for scores, action in (([0.1, 0.3], 1), ([0.9, -0.2], 0), ([-0.9, -0.2], 1)):
         assert np.array_equal(world.step(np.array([scores]))[0][0], theirs.step(action)[0])
@@ -364,6 +362,8 @@ def test_update_moves_every_part_and_targets_by_tau():
     torch.manual_seed(0)
     agent, obs = sac.SAC(3, 2, tau=0.1, actor_tau=0.2), torch.randn(5, 3)
     before = {name: p.detach().clone() for name, p in agent.named_parameters()}
+    agent.set_lr(0.01, 0.02)
+    assert [g["lr"] for g in agent.actor_opt.param_groups] == [0.01, 3e-4]  # the temperature's
     metrics = agent.update(batch_of(32))
     assert all(not value.requires_grad and value.ndim == 0 for value in metrics.values())
     assert metrics["entropy"] > -2 and agent.log_temperature < 0  # it falls: entropy above target
