@@ -380,7 +380,7 @@ class Config:
 PAPER = dict(updates=100, batch_size=512, learning_starts=50_000, gamma=0.95, actor_tau=1.0,
              lr=6e-4, critic_lr=6e-4, lr_end=1.0, temperature=1.0, layer_norm=0, reward_std=0.0)
 LESSON = dict(looks="plain", steps=192_000, test_every=2)
-CARTPOLE = dict(steps=96_000, num_envs=16, episode_length=200, updates=300, learning_starts=3200,
+CARTPOLE = dict(steps=48_000, num_envs=16, episode_length=200, updates=300, learning_starts=3200,
                 gamma=0.99, tau=0.01, actor_tau=0.01, lr=1e-3, hidden=128)
 
 class Clock(Counter):
