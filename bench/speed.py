@@ -98,10 +98,15 @@ def rendering(rounds, size, n=10):
     """Pictures of ours in each of the looks, and of Gymnasium's own renderer."""
     theirs = gym.make("Humanoid-v5", render_mode="rgb_array", width=size, height=size)
     theirs.reset(seed=0)
+    theirs.render()
+
+    def pictures():  # else it draws, quickly, into whatever context was used last
+        theirs.unwrapped.mujoco_renderer._get_viewer("rgb_array").make_context_current()
+        repeat(n, theirs.render)
     for looks in ("plain", "paper", "original"):
         world = vlmrm.World(vlmrm.Config(task="kneeling", looks=looks), n, size)
         world.reset(seed=0)
-        ways = {"ours": world.render, "Gymnasium's renderer": partial(repeat, n, theirs.render)}
+        ways = {"ours": world.render, "Gymnasium's renderer": pictures}
         compare(f"{size} x {size}, {looks} looks", "pictures/s", rounds, n, ways)
     theirs.close()
 
