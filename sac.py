@@ -212,7 +212,7 @@ def use_onednn():
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"
 
 class UsageError(ValueError):
-    """What the user can mend; the message says how, in one line."""
+    """What the user can mend; it says how."""
 
 def run(main):
     """main(); UsageError: one line, exit code 2; Ctrl-C, SIGTERM, `| head`: 130."""
@@ -241,6 +241,7 @@ def make_envs(env_id, num_envs, **kwargs):
     return gym.wrappers.vector.RescaleAction(envs, np.float32(-1), np.float32(1))
 
 def main(argv=None):
+    """Train and test."""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
     parser.add_argument("--env-id", default="Pendulum-v1")
     parser.add_argument("--steps", type=int, default=20_000)

@@ -15,7 +15,6 @@ from collections import Counter, namedtuple
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-
 import gymnasium as gym
 import numpy as np
 import open_clip
@@ -423,7 +422,7 @@ def train(cfg, folder, label, world, agent, replay):
     bar = tqdm(total=cfg.steps, initial=step, unit="step", disable=RANK > 0)
     while step < cfg.steps:
         seed = int(np.random.SeedSequence((cfg.seed, step, RANK)).generate_state(1)[0])
-        torch.manual_seed(seed)  # the iteration's own: --resume repeats it to the bit
+        torch.manual_seed(seed)  # so --resume repeats it to the bit
         # Roll the policy out, with a picture of every state reached, and label these with CLIP.
         act = policy.act if step >= starts else None
         obs, action, reward, next_obs, goal = rollout(world, act, seed, label, clock)
@@ -567,6 +566,7 @@ def parse(argv):
     return vars(parser.parse_args(argv))
 
 def main(argv=None):
+    """Train."""
     asked = parse(argv)
     folder, out = asked.pop("resume", None), asked.pop("out", None)
     if folder and (asked or out or PROCESSES > 1):
