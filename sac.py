@@ -10,6 +10,7 @@ It maximises reward plus `temperature` times entropy. From (s, a, r, s2, termina
     temperature  moves until the mean of -logp is the target entropy, -dim(A)
     targets      Q' <- Q' + tau (Q - Q')
 """
+
 import argparse
 import copy
 import math
@@ -21,72 +22,78 @@ from collections import namedtuple
 import gymnasium as gym
 import numpy as np
 import torch
-from torch import distributed as dist, nn
+from torch import nn
 from tqdm import tqdm
+
+
+def mlp(n_in, hidden, n_out, norm=nn.Identity):
+    """Two hidden layers: (B, n_in) -> (B, n_out)."""
+    first = nn.Linear(n_in, hidden), norm(hidden), nn.ReLU()
+    second = nn.Linear(hidden, hidden), norm(hidden), nn.ReLU()
+    return nn.Sequential(*first, *second, nn.Linear(hidden, n_out))
+
 
 class Actor(nn.Module):
     """Squashed Gaussian policy: action = tanh(u), u ~ Normal(mean(obs), std(obs))."""
+
     def __init__(self, obs_dim, action_dim, hidden=256):
         super().__init__()
-        self.register_buffer("obs_mean", torch.zeros(obs_dim))
-        self.register_buffer("obs_std", torch.ones(obs_dim))
-        self.net = nn.Sequential(nn.Linear(obs_dim, hidden), nn.ReLU(),
-                                 nn.Linear(hidden, hidden), nn.ReLU(),
-                                 nn.Linear(hidden, 2 * action_dim))
+        self.register_buffer("obs_mean", torch.zeros(obs_dim).double())
+        self.register_buffer("obs_std", torch.ones(obs_dim).double())
+        self.net = mlp(obs_dim, hidden, 2 * action_dim)
+
+    def standardise(self, obs):
+        """obs (..., obs_dim) in the task's units -> float32, in standard deviations from the mean
+        (by SAC.fit_scales; before that as they are). A clock loses its seconds in float32."""
+        obs = torch.as_tensor(obs).to(self.obs_mean)  # float64, on its device
+        return ((obs - self.obs_mean) / self.obs_std).float()
 
     def forward(self, obs):
-        """obs (B, obs_dim) -> mean and log_std before the tanh, (B, action_dim) each."""
-        mean, log_std = self.net((obs - self.obs_mean) / self.obs_std).chunk(2, dim=-1)
+        """Standardised obs (B, obs_dim) -> mean and log_std before the tanh, (B, action_dim)."""
+        mean, log_std = self.net(obs).chunk(2, dim=-1)
         return mean, log_std.clamp(-20, 2)  # beyond, exp() or its gradient is of no use
 
     def sample(self, obs):
-        """obs (B, obs_dim) -> action (B, action_dim) in [-1, 1] and its log-density logp (B,)."""
+        """Standardised obs (B, obs_dim) -> actions in [-1, 1] (B, action_dim), log-density (B,)."""
         mean, log_std = self(obs)
         noise = torch.randn_like(mean)
         u = mean + log_std.exp() * noise  # (B, action_dim)
         logp = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)  # of Normal at u
         # Change of variables, -log(1 - tanh(u)^2), exact also where tanh saturates.
-        logp = logp - 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))
+        logp -= 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))
         return torch.tanh(u), logp.sum(-1)
 
     @torch.no_grad()
     def act(self, obs, deterministic=False):
-        """obs (N, obs_dim), array or tensor -> float32 array (N, action_dim)."""
-        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.obs_mean.device)
+        """obs (N, obs_dim) in the task's units -> actions in [-1, 1], array (N, action_dim)."""
+        obs = self.standardise(obs)
         action = self(obs)[0].tanh() if deterministic else self.sample(obs)[0]
         return action.cpu().numpy()
 
-class TwinLinear(nn.Module):
-    """Two linear layers as one batched product: (2, B, n_in) -> (2, B, n_out)."""
-    def __init__(self, n_in, n_out):
-        super().__init__()
-        bound = n_in ** -0.5  # as in nn.Linear
-        self.weight = nn.Parameter(torch.empty(2, n_in, n_out).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(2, 1, n_out).uniform_(-bound, bound))
-
-    def forward(self, x):
-        return torch.baddbmm(self.bias, x, self.weight)
 
 class Critic(nn.Module):
     """Q1 and Q2; layer normalisation bounds them for actions never tried."""
+
     def __init__(self, obs_dim, action_dim, hidden=256, layer_norm=False):
         super().__init__()
-        self.register_buffer("obs_mean", torch.zeros(obs_dim))
-        self.register_buffer("obs_std", torch.ones(obs_dim))
-        norm = nn.LayerNorm(hidden, elementwise_affine=False) if layer_norm else nn.Identity()
-        self.net = nn.Sequential(TwinLinear(obs_dim + action_dim, hidden), norm, nn.ReLU(),
-                                 TwinLinear(hidden, hidden), norm, nn.ReLU(), TwinLinear(hidden, 1))
+        norm = nn.LayerNorm if layer_norm else nn.Identity
+        self.q1 = mlp(obs_dim + action_dim, hidden, 1, norm)
+        self.q2 = mlp(obs_dim + action_dim, hidden, 1, norm)
 
     def forward(self, obs, action):
-        """obs (B, obs_dim), action (B, action_dim) -> Q1 and Q2, (2, B)."""
-        x = torch.cat([(obs - self.obs_mean) / self.obs_std, action], -1)  # (B, obs_dim + dim(A))
-        return self.net(x.expand(2, *x.shape)).squeeze(-1)  # a (2, B, 1) would broadcast with (B,)
+        """Standardised obs (B, obs_dim), action (B, action_dim) -> Q1 and Q2, (2, B)."""
+        x = torch.cat([obs, action], -1)  # (B, obs_dim + action_dim)
+        return torch.cat([self.q1(x), self.q2(x)], -1).T  # a (B, 1) would broadcast with (B,)
 
-# Actions are in [-1, 1]; next_obs is never that of a reset; terminated is 0.0 also at a time limit.
+
+# obs and next_obs are standardised (Actor.standardise), next_obs is never that of a reset; actions
+# are in [-1, 1]; terminated is 0.0 also at a time limit.
 Transitions = namedtuple("Transitions", "obs action reward next_obs terminated")
+
 
 class Replay:
     """Ring buffer of the last `capacity` transitions, float32 on `device`."""
+
     def __init__(self, capacity, obs_dim, action_dim, device="cpu"):
         self.capacity, self.size, self.next = capacity, 0, 0
         shapes = Transitions((obs_dim,), (action_dim,), (), (obs_dim,), ())
@@ -99,65 +106,80 @@ class Replay:
         if n > self.capacity:
             raise ValueError(f"{n} transitions in a replay of {self.capacity}")
         rows = (self.next + torch.arange(n)) % self.capacity
-        for name, store, new in zip(block._fields, self.data, block):
-            new = torch.as_tensor(new, dtype=torch.float32, device=store.device)
+        for name, store in self.data._asdict().items():
+            new = torch.as_tensor(getattr(block, name)).to(store)  # float32, on its device
             if not new.isfinite().all():
                 raise UsageError(f"{name} is not finite: the simulation, the reward, or --lr")
             store[rows] = new.reshape(n, *store.shape[1:])
         self.next, self.size = (self.next + n) % self.capacity, min(self.size + n, self.capacity)
 
+    def rows(self, i):
+        """Transitions i (n,), of which 0 is the oldest."""
+        i = (self.next - self.size + i) % self.capacity
+        return Transitions(*(store[i] for store in self.data))
+
     def sample(self, n):
-        """n rows, uniformly with replacement."""
-        rows = torch.randint(self.size, (n,), device=self.data.reward.device)
-        return Transitions(*(store[rows] for store in self.data))
+        """n transitions, uniformly with replacement."""
+        return self.rows(torch.randint(self.size, (n,), device=self.data.reward.device))
+
 
 class SAC(nn.Module):
     """`act` and `update`. `temperature` (alpha in SAC's papers) is the first entropy coefficient,
-    then learned, with `lr`. `policy`, which acts, is the actor's running average, steadier; it
-    follows by `actor_tau` per update (1.0: the usual SAC)."""
-    def __init__(self, obs_dim, action_dim, *, gamma=0.99, tau=0.005, lr=3e-4, critic_lr=1e-3,
-                 device="cpu", hidden=256, actor_tau=1.0, temperature=1.0, layer_norm=False):
+    then learned. `policy` is the actor's average over the last `window` (a share) of all updates,
+    much steadier than the actor, which explores; 0: the actor itself, as in the usual SAC."""
+
+    def __init__(
+        self,
+        obs_dim,
+        action_dim,
+        *,
+        gamma=0.99,
+        tau=0.005,
+        lr=3e-4,
+        critic_lr=1e-3,
+        temperature_lr=3e-4,
+        window=0.0,
+        device="cpu",
+        hidden=256,
+        temperature=1.0,
+        layer_norm=False,
+    ):
         super().__init__()
-        self.gamma, self.tau, self.actor_tau = gamma, tau, actor_tau
+        self.gamma, self.tau, self.window, self.updates = gamma, tau, window, 0
         # SAC's rule of thumb: -1 nat per dimension, as if uniform over 18% of [-1, 1].
         self.target_entropy = -action_dim
         self.actor = Actor(obs_dim, action_dim, hidden)
         self.critic = Critic(obs_dim, action_dim, hidden, layer_norm)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.policy = copy.deepcopy(self.actor).requires_grad_(False)
-        self.act = self.policy.act
+        self.act = self.actor.act
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
         self.register_buffer("reward_mean", torch.tensor(0.0))
         self.register_buffer("reward_scale", torch.tensor(1.0))
         self.to(device)
-        groups = [{"params": self.actor.parameters()}, {"params": [self.log_temperature]}]
+        temperature_group = {"params": [self.log_temperature], "lr": temperature_lr}
+        groups = [{"params": self.actor.parameters()}, temperature_group]
         self.actor_opt = torch.optim.Adam(groups, lr=lr, fused=True)
         self.critic_opt = torch.optim.Adam(self.critic.parameters(), lr=critic_lr, fused=True)
 
     def get_extra_state(self):  # so that state_dict() is all of the agent
-        return self.actor_opt.state_dict(), self.critic_opt.state_dict()
+        return self.updates, self.actor_opt.state_dict(), self.critic_opt.state_dict()
 
     def set_extra_state(self, saved):
-        self.actor_opt.load_state_dict(saved[0])
-        self.critic_opt.load_state_dict(saved[1])
-
-    def set_lr(self, lr, critic_lr):  # the temperature keeps its own
-        self.actor_opt.param_groups[0]["lr"] = lr
-        self.critic_opt.param_groups[0]["lr"] = critic_lr
+        self.updates, actor_opt, critic_opt = saved
+        self.actor_opt.load_state_dict(actor_opt)
+        self.critic_opt.load_state_dict(critic_opt)
 
     def fit_scales(self, obs, reward, reward_std):
-        """Shift and scale obs (..., obs_dim) to mean 0 and standard deviation 1, rewards to 0 and
-        `reward_std`. Only if tasks never end: a shift of rewards changes whether ending pays."""
-        obs, reward = (torch.as_tensor(x, dtype=torch.float32) for x in (obs, reward))
-        obs = obs.flatten(0, -2)  # (n, obs_dim)
-        for network in (self.actor, self.policy, self.critic, self.target_critic):
-            network.obs_mean.copy_(obs.mean(0))
-            network.obs_std.copy_(obs.std(0).clamp(min=0.05))
-        self.reward_mean.copy_(reward.mean())
-        self.reward_scale.copy_(reward_std / reward.std().clamp(min=1e-3))
-        if dist.is_initialized():
-            for statistic in self.buffers():
-                dist.broadcast(statistic, 0)
+        """Scale obs (..., obs_dim) to mean 0 and deviation 1 (what never varies keeps its unit),
+        rewards to 0 and `reward_std`; only if tasks never end: a shift changes if ending pays."""
+        obs = torch.as_tensor(obs).double().flatten(0, -2)  # (n, obs_dim)
+        std = obs.std(0).where(obs.amax(0) > obs.amin(0), 1)
+        for actor in (self.actor, self.policy):
+            actor.obs_mean.copy_(obs.mean(0))
+            actor.obs_std.copy_(std)
+        self.reward_mean.fill_(reward.mean())
+        self.reward_scale.fill_(reward_std / max(reward.std(), 1e-3))
 
     @torch.no_grad()
     def q_target(self, batch):
@@ -188,57 +210,69 @@ class SAC(nn.Module):
     def update(self, batch):
         """One gradient step of all -> detached scalars, without waiting for the device."""
         metrics = self.update_critic(batch) | self.update_actor_and_temperature(batch)
-        with torch.no_grad():
-            for p, slow in zip(self.critic.parameters(), self.target_critic.parameters()):
-                slow.lerp_(p, self.tau)
-            for p, slow in zip(self.actor.parameters(), self.policy.parameters()):
-                slow.lerp_(p, self.actor_tau)
+        self.updates += 1
+        follow(self.target_critic, self.critic, self.tau)
+        follow(self.policy, self.actor, 1 / max(1, self.window * self.updates))
         return metrics
 
+
+@torch.no_grad()
+def follow(average, network, tau):
+    """Move the running average of a network's parameters a share of the way, tau."""
+    for slow, p in zip(average.parameters(), network.parameters(), strict=True):
+        slow.lerp_(p, tau)
+
+
 def descend(optimizer, loss):
-    """One step; torchrun's processes average the gradients of their minibatches."""
+    """One step of the optimizer's own parameters (the actor's loss passes through the critic)."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad()
-    loss.backward(inputs=parameters)  # the actor's loss passes through the critic
-    if dist.is_initialized():
-        for p in parameters:
-            dist.all_reduce(p.grad.div_(dist.get_world_size()))
+    loss.backward(inputs=parameters)
     optimizer.step()
 
+
 def use_onednn():
-    """For speed only: oneDNN's products, not MKL's, 1.4 times the updates/s on AMD (bench/). The
+    """oneDNN's products, not MKL's: 1.4 times the updates/s on an AMD with AVX-512 (bench/). The
     setting is called "bf16", but without AMX the products stay float32."""
     if torch.cpu._is_avx512_supported() and not torch.cpu._is_amx_tile_supported():
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"
 
+
 class UsageError(ValueError):
     """What the user can mend; it says how."""
+
 
 def run(main):
     """main(); UsageError: one line, exit code 2; Ctrl-C, SIGTERM, `| head`: 130."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # of any terminal
+    use_onednn()
+    sys.path.append("")  # --env-id mine:Mine-v0 finds mine.py in the folder where one stands
     try:
         main()
     except (KeyboardInterrupt, BrokenPipeError):
         os._exit(130)  # at once
-    except (UsageError, OSError, ImportError, gym.error.Error) as error:
+    except (UsageError, gym.error.Error) as error:
         print("error:", *str(error).split(), file=sys.stderr)
         sys.exit(2)
 
+
 def make_envs(env_id, num_envs, **kwargs):
     """A VectorEnv for actions in [-1, 1] that does not reset itself; else UsageError."""
-    kwargs["vector_kwargs"] = {"autoreset_mode": "Disabled"}
+    options = {"autoreset_mode": "Disabled"}
     try:
-        envs = gym.make_vec(env_id, num_envs, "sync", **kwargs)
-    except (AssertionError, TypeError) as error:
-        raise UsageError(f"--env-id {env_id}: {error}")
+        envs = gym.make_vec(env_id, num_envs, "sync", vector_kwargs=options, **kwargs)
+    except (AssertionError, TypeError, ModuleNotFoundError) as error:
+        raise UsageError(f"--env-id {env_id}: {error}") from error
     action, obs = envs.single_action_space, envs.single_observation_space
-    continuous = isinstance(action, gym.spaces.Box) and action.dtype.kind == "f"
-    bounded = continuous and action.is_bounded() and (action.low < action.high).all()
-    if not bounded or len(obs.shape or ()) != 1:
-        raise UsageError(f"--env-id {env_id} has not bounded float Box actions and vector "
-                         f"observations, but {action} and {obs}")
+    box = isinstance(action, gym.spaces.Box) and action.dtype.kind == "f" and action.is_bounded()
+    if not box or (action.low >= action.high).any() or len(obs.shape or ()) != 1:
+        raise UsageError(
+            f"--env-id {env_id}: actions must be a bounded float Box, observations a vector, as in "
+            f"Pendulum-v1 or MountainCarContinuous-v0, not {action} and {obs}"
+        )
     return gym.wrappers.vector.RescaleAction(envs, np.float32(-1), np.float32(1))
+
 
 def main(argv=None):
     """Train and test."""
@@ -247,21 +281,20 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    if args.steps < 1 or args.seed < 0:
-        raise UsageError("--steps must be positive and --seed not negative")
+    if args.steps < 1:
+        raise UsageError(f"--steps {args.steps}: at least 1")
     torch.manual_seed(args.seed)
-    use_onednn()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     env = make_envs(args.env_id, 1)
     env.action_space.seed(args.seed)
-    shape, learning_starts = env.action_space.shape, min(1000, args.steps // 10)  # (1, ...)
-    obs_dim, action_dim = env.single_observation_space.shape[0], math.prod(shape)
-    agent = SAC(obs_dim, action_dim, lr=1e-3, device=device)
-    replay = Replay(min(args.steps, 1_000_000), obs_dim, action_dim, device)
+    shape = env.action_space.shape  # (1, ...)
+    sizes = env.single_observation_space.shape[0], math.prod(shape)
+    agent = SAC(*sizes, lr=1e-3, temperature_lr=1e-3, device=device)
+    replay = Replay(min(args.steps, 1_000_000), *sizes, device)
 
     obs, _ = env.reset(seed=args.seed)
-    for step in tqdm(range(args.steps), unit="step", mininterval=1):
-        exploring = step < learning_starts
+    for step in tqdm(range(args.steps), unit="step"):
+        exploring = step < min(1000, args.steps // 10)
         action = env.action_space.sample() if exploring else agent.act(obs).reshape(shape)
         next_obs, reward, terminated, truncated, _ = env.step(action)
         replay.add(obs, action, reward, next_obs, terminated)
@@ -270,16 +303,17 @@ def main(argv=None):
             agent.update(replay.sample(256))
 
     limit = env.unwrapped.envs[0].spec.max_episode_steps or 1000  # some tasks never end
-    returns = np.zeros(20)
-    for episode in tqdm(range(20), f"testing, at most {limit:,} steps each"):
+    total = 0.0
+    for episode in range(20):
         obs, _ = env.reset(seed=args.seed + 10_000 + episode)
         for _ in range(limit):
             action = agent.act(obs, deterministic=True)
             obs, reward, terminated, truncated, _ = env.step(action.reshape(shape))
-            returns[episode] += reward.item()
-            if terminated.any() or truncated.any():
+            total += reward.item()
+            if (terminated | truncated).any():
                 break
-    print(f"mean return over 20 deterministic episodes: {returns.mean():.1f}", flush=True)
+    print(f"mean return over 20 deterministic episodes: {total / 20:.1f}")
+
 
 if __name__ == "__main__":
     run(main)

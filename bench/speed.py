@@ -7,7 +7,13 @@ Ways of doing the same thing take turns; rates are medians over the rounds. It p
 bench/README.md. On CUDA the picture model is ViT-bigG-14 in half precision with random weights
 (good for speed and for nothing else), otherwise tiny_clip.
 """
-import argparse, copy, statistics, sys, time
+
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,181 +21,170 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import torch
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sac
 import vlmrm
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+CLIP = "ViT-bigG-14/random" if CUDA else "tiny_clip"
+ROUNDS = 5
+THREADS = torch.get_num_threads()  # vlmrm.build takes one for the lesson
+OTHER_PROGRAM = "import torch; x = torch.rand(999, 999); print(flush=True)\nwhile True: x @ x"
 
-def seconds(work, *args):
+
+def seconds(work):
     start = time.perf_counter()
-    work(*args)
-    if DEVICE == "cuda":
+    work()
+    if CUDA:
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
-def repeat(n, work, *args):
-    for _ in range(n):
-        work(*args)
 
-def compare(title, unit, rounds, n, ways):
-    """A row for each way but the first: median rates of n units, after a warm-up, and the ratio."""
-    rates = {name: [] for name in ways}
-    for _ in range(rounds + 1):
-        for name, work in ways.items():
-            rates[name].append(n / seconds(work))
-    (_, ours), *others = [(name, statistics.median(x[1:])) for name, x in rates.items()]
-    for name, other in others:
-        row = title, f"{ours:,.1f} {unit}", f"{other:,.1f} {unit}, {name}", f"{ours / other:.2f}"
-        print(f"| {' | '.join(row)} |", flush=True)
+def repeat(n, work):
+    for _ in range(n):
+        work()
+
+
+def row(*cells):
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def compare(title, unit, n, ways):
+    """A row for each way but "ours": median rates of n units, after a warm-up, and the ratio."""
+    times = [[seconds(work) for work in ways.values()] for _ in range(ROUNDS + 1)]
+    rates = dict(zip(ways, n / np.median(times[1:], 0), strict=True))
+    ours = rates.pop("ours")
+    for name, rate in rates.items():
+        row(title, f"{ours:,.1f} {unit}", f"{rate:,.1f} {unit}, {name}", f"{ours / rate:.2f}")
+
 
 def full_replay(size=20_000):
     """A replay of the humanoid's sizes, full of noise."""
     replay = sac.Replay(size, 45, 17, DEVICE)
-    noise = torch.randn(size, 45), torch.rand(size, 17) * 2 - 1, torch.randn(size)
-    replay.add(*noise, torch.randn(size, 45), torch.zeros(size))
+    obs, action, reward = torch.randn(size, 45), torch.rand(size, 17), torch.randn(size)
+    replay.add(obs, action, reward, obs, torch.zeros(size))
     return replay
 
-def sac_updates(rounds, hidden, batch_size, n=50):
-    """Updates of ours and of stable-baselines3: the same networks, batch size and threads."""
-    agent, replay = sac.SAC(45, 17, hidden=hidden, device=DEVICE), full_replay()
 
-    def updates(ours, products):
-        products()
-        if ours:
-            repeat(n, lambda: agent.update(replay.sample(batch_size)))
-        else:
-            model.train(n, batch_size)
-    ways = {"ours": partial(updates, True, sac.use_onednn),
-            "ours with torch's own products": partial(updates, True, torchs_products)}
+def sac_updates(products, batch_size, hidden=256, n=50):
+    """Updates of ours and of stable-baselines3: same networks, batch size, products and threads."""
+    agent, replay = sac.SAC(45, 17, hidden=hidden, device=DEVICE), full_replay()
+    ways = {"ours": partial(repeat, n, lambda: agent.update(replay.sample(batch_size)))}
     if find_spec("stable_baselines3"):
         import stable_baselines3
+
         env = gym.wrappers.DtypeObservation(gym.make("Humanoid-v5", **vlmrm.HUMANOID), np.float32)
-        model = stable_baselines3.SAC("MlpPolicy", env, buffer_size=2000, learning_starts=2000,
-                                      device=DEVICE, policy_kwargs={"net_arch": [hidden, hidden]})
+        args = {"learning_starts": 2000, "policy_kwargs": {"net_arch": [hidden, hidden]}}
+        model = stable_baselines3.SAC("MlpPolicy", env, device=DEVICE, **args)
         model.learn(1000)  # fills the buffer
-        ways["stable-baselines3"] = partial(updates, False, torchs_products)
-        ways["stable-baselines3 with our products"] = partial(updates, False, sac.use_onednn)
-    compare(f"SAC, {hidden} hidden units, batch {batch_size}", "updates/s", rounds, n, ways)
-    sac.use_onednn()
+        ways["stable-baselines3"] = partial(model.train, n, batch_size)
+    compare(f"SAC, batch {batch_size}, {products}", "updates/s", n, ways)
 
-def torchs_products():
-    """Undo sac.use_onednn()."""
-    torch.backends.mkldnn.matmul.fp32_precision = "none"
 
-def physics(rounds, num_envs=32, n=100):
+def physics(num_envs=32, n=100):
     """Steps of Gymnasium's environments one after the other, as we use them, and in processes."""
-    world = vlmrm.World(vlmrm.Config(task="kneeling"), num_envs)
     processes = gym.make_vec("Humanoid-v5", num_envs, "async", **vlmrm.HUMANOID)
-    processes = gym.wrappers.vector.RescaleAction(processes, np.float32(-1), np.float32(1))
-    actions = np.random.default_rng(0).uniform(-1, 1, (n, num_envs, 17)).astype(np.float32)
-
-    def steps(env):
+    ways = {"ours": vlmrm.World(vlmrm.Config(), num_envs), "AsyncVectorEnv": processes}
+    for name, env in ways.items():
         env.reset(seed=0)
-        for action in actions:
-            env.step(action)
-    ways = {"ours": partial(steps, world), "AsyncVectorEnv": partial(steps, processes)}
-    compare(f"physics, {num_envs} humanoids", "steps/s", rounds, n * num_envs, ways)
+        ways[name] = partial(repeat, n, lambda env=env: env.step(env.action_space.sample()))
+    compare(f"physics, {num_envs} humanoids", "steps/s", n * num_envs, ways)
     processes.close()
 
-def rendering(rounds, size, n=10):
-    """Pictures of ours in each of the looks, and of Gymnasium's own renderer."""
+
+def rendering(looks, size, n=10):
+    """Pictures of ours and of Gymnasium's own renderer."""
+    world = vlmrm.World(vlmrm.Config(looks=looks), n, size)
+    world.reset(seed=0)
     theirs = gym.make("Humanoid-v5", render_mode="rgb_array", width=size, height=size)
     theirs.reset(seed=0)
-    theirs.render()
+    their_pictures = partial(repeat, n, lambda: vlmrm.draw(theirs))
+    ways = {"ours": world.render, "Gymnasium's renderer": their_pictures}
+    compare(f"{size} x {size}, {looks} looks", "pictures/s", n, ways)
 
-    def pictures():  # else it draws, quickly, into whatever context was used last
-        theirs.unwrapped.mujoco_renderer._get_viewer("rgb_array").make_context_current()
-        repeat(n, theirs.render)
-    for looks in ("plain", "paper", "original"):
-        world = vlmrm.World(vlmrm.Config(task="kneeling", looks=looks), n, size)
-        world.reset(seed=0)
-        ways = {"ours": world.render, "Gymnasium's renderer": pictures}
-        compare(f"{size} x {size}, {looks} looks", "pictures/s", rounds, n, ways)
-    theirs.close()
 
-def drawing(rounds, size, n=4):
-    """What each economy of `dress` saves: the paper's looks with it taken back."""
-    finer = {"a shadow map of 4096": dict(shadowsize=4096), "4 samples a pixel": dict(offsamples=4),
-             "28 x 16 segments": dict(numslices=28, numstacks=16)}
-    finer["all three, MuJoCo's settings"] = {k: v for x in finer.values() for k, v in x.items()}
-    dress, ways = vlmrm.dress, {}
-    for name, quality in {"ours": {}, **finer}.items():
-        def as_fine(spec, *args):
-            dress(spec, *args)
-            for setting, value in quality.items():
-                setattr(spec.visual.quality, setting, value)
-        vlmrm.dress = as_fine
-        world = vlmrm.World(vlmrm.Config(task="kneeling", looks="paper"), n, size)
-        world.reset(seed=0)
-        world.open_renderer()
-        ways[name] = world.render
-    vlmrm.dress = dress
-    compare(f"{size} x {size}, the paper's looks", "pictures/s", rounds, n, ways)
+def noise(label, n):
+    """n pictures of the model's size."""
+    return torch.randint(256, (n, label.image_size, label.image_size, 3), dtype=torch.uint8)
 
-def picture_model(rounds, reward, n):
-    """uint8 pictures to rewards; open_clip's own way to do it; the tower alone, the limit."""
-    shape = n, reward.image_size, reward.image_size, 3
-    frames = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    ready = reward.preprocess(torch.from_numpy(frames))
 
-    @torch.no_grad()
-    def the_plain_way():
-        x = torch.stack([reward.transform(Image.fromarray(frame)) for frame in frames])
-        with torch.autocast(DEVICE):
-            s = torch.nn.functional.normalize(reward.visual(x.to(DEVICE, reward.dtype)).float(), dim=-1)
-        vlmrm.goal_baseline_reward(s, reward.goal, reward.baseline, 0.0).cpu()
-    ways = {"ours": lambda: reward(frames).cpu(), "PIL's transform and autocast": the_plain_way,
-            "the bare image tower, the limit": torch.no_grad()(partial(reward.visual, ready))}
-    compare(f"pictures to rewards, {n} at a time", "pictures/s", rounds, n, ways)
+def picture_model(label, n):
+    """uint8 pictures to rewards; the image tower alone, the limit."""
+    frames = noise(label, n)
+    bare = torch.no_grad()(partial(label.visual, label.preprocess(frames)))
+    ways = {"ours": lambda: label(frames).cpu(), "the bare image tower, the limit": bare}
+    compare(f"pictures to rewards, {n} at a time", "pictures/s", n, ways)
 
-def iteration(rounds, config, label, world, agent, replay):
-    """Whole iterations of Algorithm 1 against the same parts alone, each at its best."""
-    policy, clock = copy.deepcopy(agent.policy).cpu(), vlmrm.Clock()
 
-    def update():
-        agent.update(replay.sample(config.batch_size))
+def iteration(cfg, label, world, agent, replay):
+    """Whole iterations of Algorithm 1, and the shares of their parts (each waits for the GPU)."""
+    spent = Counter()
+
+    def timed(part, work, *args):
+        result = []
+        spent[part] += seconds(lambda: result.append(work(*args)))
+        return result[0]
 
     def whole():
-        clock.now = time.perf_counter()
-        episodes = vlmrm.rollout(world, policy.act, 0, label, clock)
-        replay.add(*episodes[:4], terminated=np.zeros(episodes[2].shape))
-        repeat(config.updates, update)
-        clock.lap("SAC")
-    whole()
-    clock.clear()
-    (obs, _), frames = world.reset(), world.render()
-    action = np.zeros((config.num_envs, *world.single_action_space.shape), np.float32)
-    each = (policy.act, obs), (world.step, action), (world.judge,), (world.render,), (label, frames)
-    ways = [whole, partial(repeat, config.updates, update),
-            *(partial(repeat, config.episode_length, *part) for part in each)]
-    times = np.array([[seconds(work) for work in ways] for _ in range(rounds)])  # (rounds, ways)
-    whole, best = np.median(times[:, 0]), times[:, 1:].min(0).sum()
-    inside = ", ".join(f"{part} {s / clock.total():.0%}" for part, s in clock.items())
-    title = f"{config.num_envs} x {config.episode_length} transitions, {config.updates} updates"
-    print(f"| an iteration: {title} | {whole:.2f} s | {best:.2f} s, its parts, each at its best | "
-          f"{best / whole:.2f} |\n\nInside the iteration: {inside}")
+        block = vlmrm.rollout(world, agent.act, 0, partial(timed, "CLIP", label))
+        replay.add(*block, terminated=np.zeros(block[0].shape[:2]))
+        for _ in range(cfg.updates):
+            timed("SAC", lambda: agent.update(replay.sample(cfg.batch_size)))
+
+    world.step = partial(timed, "physics", world.step)
+    world.render = partial(timed, "drawing", world.render)
+    times = [seconds(whole) for _ in range(ROUNDS)]
+    shares = ", ".join(f"{part} {s / sum(times):.0%}" for part, s in spent.items())
+    title = f"{cfg.num_envs} x {cfg.episode_length} transitions, {cfg.updates} updates"
+    row(title, f"{np.median(times):.2f} s", shares, "")
+
+
+def busy_machine(cfg, label, world, agent, replay, n=10):
+    """Rollouts and updates in one thread and in all, alone and beside another program in all."""
+    other = subprocess.Popen([sys.executable, "-c", OTHER_PROGRAM], stdout=subprocess.PIPE)
+    other.stdout.readline()
+    other.send_signal(signal.SIGSTOP)
+    world.cfg = replace(cfg, episode_length=n)
+    works = {
+        "steps of all": partial(vlmrm.rollout, world, agent.act, 0, label),
+        "updates": partial(repeat, n, lambda: agent.update(replay.sample(cfg.batch_size))),
+    }
+
+    def beside(work):
+        other.send_signal(signal.SIGCONT)
+        work()
+        other.send_signal(signal.SIGSTOP)
+
+    try:
+        for threads in (1, THREADS):
+            torch.set_num_threads(threads)
+            for unit, work in works.items():
+                ways = {"ours": work, "beside another program": partial(beside, work)}
+                compare(f"{unit}, {threads} threads", f"{unit}/s", n, ways)
+    finally:
+        other.kill()
+
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--clip", default="ViT-bigG-14/random" if DEVICE == "cuda" else "tiny_clip")
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
-    device = torch.cuda.get_device_name() if DEVICE == "cuda" else "no GPU"
-    print(f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads, {args.clip}\n\n"
-          "| what | ours | the other | ratio |\n|---|---|---|---|", flush=True)
-    sac_updates(args.rounds, 256, 256)
-    sac_updates(args.rounds, 256, 512)
-    physics(args.rounds)
-    rendering(args.rounds, 64)
-    rendering(args.rounds, 224)
-    drawing(args.rounds, 224)
-    config = vlmrm.configure(task="kneeling", clip=args.clip)
-    label, *others = vlmrm.build(config)
-    picture_model(args.rounds, label, 64)
-    iteration(args.rounds, config, label, *others)
+    device = torch.cuda.get_device_name() if CUDA else "no GPU"
+    print(f"{device}, torch {torch.__version__}, {THREADS} threads, {CLIP}\n")
+    row("what", "ours", "the other", "ratio")
+    row(*["---"] * 4)
+    sac_updates("torch's products", 256)
+    sac.use_onednn()
+    sac_updates("our products", 256)
+    sac_updates("our products", 512)
+    physics()
+    for looks, size in (("plain", 64), ("plain", 224), ("paper", 224)):
+        rendering(looks, size)
+    cfg = vlmrm.configure(prompt="a humanoid robot kneeling", clip=CLIP)
+    picture_model(vlmrm.CLIPReward("a humanoid robot", clip=CLIP, device=DEVICE), 64)
+    parts = vlmrm.build(cfg)
+    iteration(cfg, *parts)
+    busy_machine(cfg, *parts)
+
 
 if __name__ == "__main__":
     main()

@@ -1,100 +1,132 @@
-"""The success rates of Table 1, with EPIC, AUROC and the share of hacked steps, for a run's policy.
+"""The success rates of Table 1, with EPIC, AUROC and the share of hacked steps, of a run's two
+policies: the kept one, with the best test, and the last one, which nothing chose.
 
     python paper/evaluate.py runs/a-humanoid-robot-kneeling
+    python paper/evaluate.py runs/a-humanoid-robot-kneeling --reset-noise 0.05
 
-Writes eval.json and film-judged.gif into the run's folder: one episode with the CLIP reward as a
-growing curve, from its lowest to its highest, and a green mark while the criterion holds.
+Writes eval.json and film-judged.gif into the run's folder: the kept policy's first episode with the
+CLIP reward as a growing curve, from its lowest to its highest, and a green mark while the criterion
+holds.
 """
+
 import json
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-import shared  # first: it finds vlmrm.py
+import criteria
 import numpy as np
-import sac
+import shared
 import torch
-import vlmrm
 from PIL import Image, ImageDraw
-from states import goals, labelled_states, pictures
+from states import labelled_states, pictures
 
-def roll_out(config, act, reward, episodes):
-    """Deterministic episodes: CLIP's unit vectors s of all states reached, (episodes, T, D), and
-    whether these are goal states, (episodes, T) bool."""
-    world = vlmrm.World(config, min(25, episodes), reward.image_size)
-    vectors, labels = [], []
-    for seed in range(3_000_000, 3_000_000 + episodes, world.num_envs):
-        _, _, s, next_obs, goal = vlmrm.rollout(world, act, config.seed + seed, reward.embed,
-                                                vlmrm.Clock())  # arrays (T, num_envs, ...)
-        if not config.task:
-            goal = goals(world, next_obs.reshape(-1, 2)).reshape(goal.shape)  # the car's states
-        vectors.append(s.swapaxes(0, 1))
-        labels.append(goal.T)
-    return np.concatenate(vectors)[:episodes], np.concatenate(labels)[:episodes]
+import sac
+import vlmrm
 
-def judge(config, reward, vectors, goal):
-    """The results, as eval.json has them, from what `roll_out` returns."""
-    task = config.task or "mountaincar"
-    world, fixed = vlmrm.World(config, 1, reward.image_size), labelled_states(task)
-    fixed_goals = reward.embed(pictures(world, fixed[goals(world, fixed)])).cpu()  # (n, D)
-    flat, s, rows = goal.flatten(), torch.from_numpy(vectors).flatten(0, 1), []
-    g, b = reward.goal.cpu(), reward.baseline.cpu()
-    for alpha in shared.ALPHAS:
-        r = vlmrm.goal_baseline_reward(s, g, b, alpha).numpy()  # (episodes * T,)
-        typical = vlmrm.goal_baseline_reward(fixed_goals, g, b, alpha).median().item()
-        rows.append({"alpha": alpha, "epic": shared.epic(r, flat), "auroc": shared.auroc(r, flat),
-                     "hacked": shared.hacked(r, flat, typical)})
-    returns = vlmrm.goal_baseline_reward(s, g, b, config.alpha).sum().item() / len(goal)
-    return {"episodes": len(goal), "success": float((goal.mean(1) >= 0.5).mean()),
-            "return": returns, "goal_states": float(goal.mean()), "alphas": rows}
 
-def film(config, act, reward, path, size=192):
-    """The episode of the run's film.gif again, with the reward and the criterion drawn in."""
-    world, large = vlmrm.World(config, 1, reward.image_size), vlmrm.World(config, 1, size)
-    images = []
+def new_world(cfg, num_envs, size, reset_noise):
+    """Simulations that start within reset_noise of the usual state, m, rad and per second."""
+    world = vlmrm.World(cfg, num_envs, size)
+    for sim in world.sims if reset_noise is not None else ():
+        if not hasattr(sim, "_reset_noise_scale"):
+            raise sac.UsageError(f"--reset-noise: {cfg.env_id} has none")
+        sim._reset_noise_scale = reset_noise
+    return world
+
+
+def judge(reward, alpha, s, goal, typical):
+    """How the reward at one alpha agrees with the criterion: of unit vectors s (T, N, D), whether
+    these are goal states, (T, N) bool, and unit vectors of typical goal states (n, D)."""
+    r = shared.rewards(reward, s.reshape(goal.size, -1), alpha)  # (T * N,)
+    paid = np.median(shared.rewards(reward, typical, alpha))
+    return {
+        "alpha": alpha,
+        "return": float(r.sum() / goal.shape[1]),
+        "epic": shared.epic(r, goal.flatten()),
+        "auroc": shared.auroc(r, goal.flatten()),
+        "hacked": shared.hacked(r, goal.flatten(), paid),
+    }
+
+
+def film(cfg, args, actions, r, goal, height=192):
+    """The episode of these actions (T, 1, ...) again, larger, with rewards r (T,) and criterion
+    (T,) drawn in."""
+    images, actions = [], iter(actions)
 
     def look(frames):
-        if config.task:  # MuJoCo: the same state, drawn for people
-            image = Image.fromarray(large.render(world.states())[0])
-        else:
-            image = Image.fromarray(frames[0])
-        images.append(image.resize((size * image.width // image.height, size)))
-        return reward(frames)
-    _, _, r, next_obs, goal = vlmrm.rollout(world, act, config.seed, look, vlmrm.Clock())
-    if not config.task:
-        goal = goals(world, next_obs[:, 0])[:, None]
+        image = Image.fromarray(frames[0])
+        images.append(image.resize((height * image.width // image.height, height)))
+        return torch.zeros(1)
+
+    world = new_world(cfg, 1, height, args.reset_noise)
+    vlmrm.rollout(world, lambda obs: next(actions), cfg.seed + shared.TEST_SEED, look)
     x = np.linspace(5, images[0].width - 5, len(images))
-    y = np.interp(r[:, 0], [r.min(), r.max()], [size - 5, size * 0.75])
+    y = np.interp(r, [r.min(), r.max()], [height - 5, height * 0.75])
     for t, image in enumerate(images):
         draw = ImageDraw.Draw(image)
-        draw.line([*zip(x[:t + 1], y)], fill="yellow", width=2)
-        draw.ellipse((5, 5, 17, 17), fill="lime" if goal[t, 0] else "gray")
+        draw.line([*zip(x[: t + 1], y[: t + 1], strict=True)], fill="yellow", width=2)
+        draw.ellipse((5, 5, 17, 17), fill="lime" if goal[t] else "gray")
+    path = args.run / "film-judged.gif"
     images[0].save(path, save_all=True, append_images=images[1:], duration=30, loop=0)
 
-def main(argv=None):
-    """The command line."""
+
+def parse(argv):
+    """The flags."""
     parser = shared.flags(__doc__)
     parser.add_argument("run", type=Path, help="a run's folder, like runs/...")
     parser.add_argument("--episodes", type=int, default=100, help="default: %(default)s")
+    parser.add_argument("--reset-noise", type=float, help="of the first states (Gymnasium: 0.01)")
     args = parser.parse_args(argv)
-    if not 1 <= args.episodes <= 100_000:
-        raise sac.UsageError(f"--episodes must be from 1 to 100,000, not {args.episodes}")
-    config = replace(vlmrm.read_config(args.run), reward="clip")
-    if not config.task and config.env_id != shared.CAR.env_id:
-        raise sac.UsageError(f"{args.run}: the simulator has no criterion for {config.prompt!r}, "
-                             f"only for the prompts of --task {', '.join(shared.TASKS)}")
-    policy = shared.best_policy(args.run, config, vlmrm.World(config, 1))
-    act = partial(policy.act, deterministic=True)
-    reward = vlmrm.CLIPReward(config.prompt, config.baseline, config.alpha, config.clip,
-                              shared.device())
-    result = judge(config, reward, *roll_out(config, act, reward, args.episodes))
-    (args.run / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
-    film(config, act, reward, args.run / "film-judged.gif")
-    print(f"{args.episodes} deterministic episodes: success rate {result['success']:.0%}, CLIP "
-          f"return {result['return']:.2f}, goal states {result['goal_states']:.0%} of the steps")
-    print("alpha   EPIC  AUROC  hacked")
-    for row in result["alphas"]:
-        print(f"{row['alpha']:5.2f} {row['epic']:6.3f} {row['auroc']:6.3f} {row['hacked']:7.1%}")
+    if not 1 <= args.episodes <= 1000:
+        raise sac.UsageError(f"--episodes must be from 1 to 1000, not {args.episodes}")
+    if not 0 <= (args.reset_noise or 0) <= 1:
+        raise sac.UsageError(f"--reset-noise must be from 0 to 1, not {args.reset_noise}")
+    return args
+
+
+def evaluate(args):
+    """Test both policies, film the kept one -> the results, as eval.json has them."""
+    cfg = vlmrm.read_config(args.run)
+    task = shared.task_of(cfg, args.run)
+    reward = shared.clip_reward(cfg)
+    world = new_world(cfg, args.episodes, reward.image_size, args.reset_noise)
+    policies, model = shared.policies(args.run, world), shared.model_of(world)
+    fixed = labelled_states(task)
+    goals = fixed[criteria.holds(task, model, fixed)]
+    typical = reward.embed(pictures(vlmrm.World(cfg, 1, reward.image_size), goals))  # (n, D)
+    results = {"episodes": args.episodes, "reset_noise": args.reset_noise}
+    for name, policy in policies.items():
+        action, s, next_obs = shared.try_out(cfg, world, policy, reward.embed)
+        goal = criteria.met(task, model, next_obs)  # (T, N)
+        if name == "kept":
+            film(cfg, args, action[:, :1], shared.rewards(reward, s[:, 0], cfg.alpha), goal[:, 0])
+        results[name] = judge(reward, cfg.alpha, s, goal, typical) | {
+            "goal_states": float(goal.mean()),
+            "success": shared.success(goal),
+            "alphas": [judge(reward, alpha, s, goal, typical) for alpha in shared.ALPHAS],
+        }
+    (args.run / "eval.json").write_text(json.dumps(results, indent=2) + "\n")
+    return results
+
+
+def main(argv=None):
+    """The command line."""
+    args = parse(argv)
+    results = evaluate(args)
+    print("policy  alpha   EPIC  AUROC  hacked")
+    for name in ("kept", "last"):
+        for row in results[name]["alphas"]:
+            print(
+                f"{name:<6} {row['alpha']:6.2f} {row['epic']:6.3f} {row['auroc']:6.3f} "
+                f"{row['hacked']:7.1%}"
+            )
+    for name in ("kept", "last"):
+        x = results[name]
+        print(
+            f"{name} policy, {args.episodes} deterministic episodes: CLIP return {x['return']:.2f}"
+            f", {x['goal_states']:.0%} of the steps in goal states, {x['hacked']:.0%} hacked, "
+            f"success rate {x['success']:.0%}"
+        )
+
 
 if __name__ == "__main__":
     sac.run(main)

@@ -1,37 +1,73 @@
-"""What the scripts of this folder share: tasks, a run's policy, a chart, and how to compare a
-reward with the simulator's labels. Import it first: it lets Python find vlmrm.py, one folder up."""
+"""What the scripts of this folder share: settings, a run's policies, a chart, and how to compare a
+reward with the simulator's labels. It lets Python find vlmrm.py, one folder up."""
+
 import argparse
-import contextlib
+import inspect
 import math
 import sys
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import criteria
 
 import sac
 import vlmrm
 
-LOOKS = "paper", "plain", "original"
+TEST_SEED = 1_000_000  # after a run's own seed: the episodes of its last line
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
-CAR = vlmrm.Task("a car at the peak of the mountain, next to the yellow flag",
-                 "MountainCarContinuous-v0", "a car in the mountain")
-TASKS = [*vlmrm.TASKS, "mountaincar"]
+
 
 def configure(task, **asked):
-    """The vlmrm.Config of a task in TASKS. Of `asked` what is None counts as not asked for."""
+    """The vlmrm.Config of a task in criteria.TASKS. Of `asked` None counts as not asked for."""
     asked = {name: value for name, value in asked.items() if value is not None}
-    goal = {"task": task}
-    if task == "mountaincar":
-        goal = CAR._asdict() | {"episode_length": 200}
-    with contextlib.redirect_stdout(None):  # what it says is about training
-        return vlmrm.configure(**goal | asked)
+    length = {"episode_length": 200} if task == "mountaincar" else {}
+    return vlmrm.configure(**length | criteria.TASKS[task]._asdict() | asked)
+
+
+def task_of(cfg, folder):
+    """The name of a run's task; UsageError if its prompt has no criterion."""
+    task = criteria.task_of(cfg.prompt, cfg.env_id)
+    if task is None:
+        raise sac.UsageError(
+            f"{folder}: the simulator has no criterion for {cfg.prompt!r} in {cfg.env_id}, only "
+            "for the prompts in paper/criteria.py"
+        )
+    return task
+
+
+def model_of(world):
+    """The MuJoCo model of a world's simulations; None for the car."""
+    return getattr(world.sims[0], "model", None)
+
+
+def states_of(world):
+    """All simulations as they are now, (N, nq): qpos, or the car's position and speed."""
+    car = world.cfg.env_id == criteria.CAR
+    return np.stack([sim.state if car else sim.data.qpos for sim in world.sims])
+
 
 def flags(doc):
     """A parser that says what is wrong in one line; its --help shows the script's docstring."""
-    return argparse.ArgumentParser(usage=argparse.SUPPRESS, description=doc,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    return argparse.ArgumentParser(
+        usage=argparse.SUPPRESS,
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def picture_flags(doc):
+    """The same with what chooses a task and its picture model."""
+    parser = flags(doc)
+    parser.add_argument("--task", required=True, choices=criteria.TASKS)
+    parser.add_argument("--baseline", help="default: the task's")
+    parser.add_argument("--looks", help="default: as in vlmrm.py")
+    return parser
+
 
 def chart(rows=1):
     """A matplotlib figure and its axes, one below the other."""
@@ -42,19 +78,66 @@ def chart(rows=1):
     figure = Figure((7, 1 + 2.5 * rows), dpi=100, layout="constrained")
     return figure, figure.subplots(rows, squeeze=False, sharex=True)[:, 0]
 
+
 def device():
     """Where picture models run."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
-def best_policy(folder, config, world):
-    """The policy of a run with the highest CLIP return: a sac.Actor on the CPU."""
-    sizes = world.single_observation_space.shape[0], math.prod(world.single_action_space.shape)
-    policy = sac.Actor(*sizes, config.hidden)
+
+def clip_reward(cfg):
+    """The vlmrm.CLIPReward of a run's settings."""
+    if "tiny_clip" in cfg.clip:
+        torch.set_num_threads(1)  # as vlmrm.py does
+    return vlmrm.CLIPReward(cfg.prompt, cfg.baseline, cfg.alpha, cfg.clip, device())
+
+
+def sizes(world):
+    """Of an observation and an action."""
+    return world.single_observation_space.shape[0], math.prod(world.single_action_space.shape)
+
+
+def learner(cfg, world):
+    """agent, replay, with the settings of vlmrm.py."""
+    torch.manual_seed(cfg.seed)
+    names = inspect.signature(sac.SAC).parameters.keys() & asdict(cfg).keys()
+    settings = {name: getattr(cfg, name) for name in names}
+    agent = sac.SAC(*sizes(world), device=device(), **settings)
+    iteration = cfg.num_envs * cfg.episode_length
+    return agent, sac.Replay(min(cfg.replay, cfg.steps) + iteration, *sizes(world), device())
+
+
+def policies(folder, world):
+    """A run's policies: "kept", that with the best test, and "last", both sac.Actor, CPU."""
+    found = {}
     try:
-        policy.load_state_dict(torch.load(folder / "best.pt", weights_only=True))
+        load = partial(torch.load, weights_only=True, map_location="cpu")
+        agent = load(folder / "last.pt", mmap=True)["agent"]  # without reading the replay
+        last = {k.removeprefix("policy."): v for k, v in agent.items() if k.startswith("policy.")}
+        for name, weights in (("kept", load(folder / "best.pt")), ("last", last)):
+            found[name] = sac.Actor(*sizes(world), world.cfg.hidden)
+            found[name].load_state_dict(weights)
     except Exception as error:  # torch raises many kinds
-        raise sac.UsageError(f"{folder}/best.pt does not load ({error})") from None
-    return policy
+        raise sac.UsageError(f"{folder}: best.pt and last.pt do not load ({error})") from error
+    return found
+
+
+def try_out(cfg, world, policy, label):
+    """A deterministic episode of each simulation: action, label(pictures of the states reached) and
+    next_obs, (T, N, ...) each."""
+    act = partial(policy.act, deterministic=True)
+    return vlmrm.rollout(world, act, cfg.seed + TEST_SEED, label)[1:]
+
+
+def rewards(reward, s, alpha):
+    """A CLIPReward's rewards (N,) at another alpha, of unit vectors s (N, D)."""
+    s = torch.as_tensor(s).to(reward.goal.device)
+    return vlmrm.goal_baseline_reward(s, reward.goal, reward.baseline, alpha).cpu().numpy()
+
+
+def success(goal):
+    """Share of episodes whose criterion held, (T, N) bool, in at least half of the steps."""
+    return float((goal.mean(0) >= 0.5).mean())
+
 
 def epic(reward, goal):
     """EPIC distance (section 4.1) between rewards (N,) and labels (N,) bool, sqrt((1 - rho) / 2)
@@ -62,6 +145,7 @@ def epic(reward, goal):
     varies."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return float(np.sqrt((1 - np.corrcoef(reward, goal)[0, 1]) / 2))
+
 
 def auroc(reward, goal):
     """Probability that a goal state's reward is above another state's; ties count half; nan
@@ -72,6 +156,7 @@ def auroc(reward, goal):
     if not true or not false:
         return math.nan
     return float((rank[goal].sum() - true * (true + 1) / 2) / (true * false))
+
 
 def hacked(reward, goal, goal_reward):
     """Share of states that are paid better than `goal_reward` without being goal states. Many: the

@@ -1,9 +1,10 @@
 """States of the three worlds that the simulator labels: postures by hand, and `labelled_states`, on
 which evaluate.py and compare.py judge rewards."""
+
 import mujoco
 import numpy as np
-
-from shared import CAR, configure, vlmrm
+from criteria import CAR
+from shared import configure, model_of, vlmrm
 
 STAND = dict(hip_y=-5, knee=-12, shoulder1=10)
 POSTURES = {  # task -> how a body that fulfils it may look, for `posture`: degrees
@@ -13,10 +14,13 @@ POSTURES = {  # task -> how a body that fulfils it may look, for `posture`: degr
     "arms-raised": STAND | dict(shoulder1=-55, shoulder2=20, elbow=-28),
     "splits": dict(abdomen_y=-27, hip_x=-14, hip_z=-54, hip_y=-68, knee=-10),
     "hands-on-hips": STAND | dict(shoulder1=50, shoulder2=-69, elbow=-22),
-    "one-leg": dict(pitch=25, abdomen_y=-23, hip_x=-10, hip_z=-13, right_hip_y=-45, right_knee=-82,
-                    left_hip_y=-22, left_knee=-32),
-    "arms-crossed": STAND | dict(right_shoulder1=59, right_shoulder2=41, right_elbow=-73,
-                                 left_shoulder1=52, left_shoulder2=-59, left_elbow=-4)}
+    "one-leg": dict(pitch=25, abdomen_y=-23, hip_x=-10, hip_z=-13)
+    | dict(right_hip_y=-45, right_knee=-82, left_hip_y=-22, left_knee=-32),
+    "arms-crossed": STAND
+    | dict(right_shoulder1=59, right_shoulder2=41, right_elbow=-73)
+    | dict(left_shoulder1=52, left_shoulder2=-59, left_elbow=-4),
+}
+
 
 def posture(model, height=None, pitch=0, **degrees):
     """The humanoid's state qpos (nq,) by hand: torso height in m (None: its lowest point touches
@@ -33,6 +37,7 @@ def posture(model, height=None, pitch=0, **degrees):
     qpos[2] = on_floor(model, qpos) if height is None else height
     return qpos
 
+
 def on_floor(model, qpos):
     """The torso height, m, at which a humanoid in state qpos (nq,) touches the floor."""
     data = mujoco.MjData(model)
@@ -41,6 +46,7 @@ def on_floor(model, qpos):
     radius, half_length = model.geom_size[1:, :2].T  # of capsules and balls; geom 0 is the floor
     lowest = data.geom_xpos[1:, 2] - half_length * np.abs(data.geom_xmat[1:, 8]) - radius
     return qpos[2] - lowest.min()
+
 
 def settle(model, states, controls, frame_skip=5):
     """From qpos (n, nq) at rest under controls (T, n, nu): all states, (T + 1, n, nq)."""
@@ -56,6 +62,7 @@ def settle(model, states, controls, frame_skip=5):
             path[t + 1, i] = data.qpos
     return path
 
+
 def labelled_states(task, seed=0):
     """States (n, nq) to judge rewards on, the same for everyone: positions (m) and angles (rad) of
     the cart-pole, positions and speeds of the car; for the humanoid noisy blends of standing with
@@ -66,7 +73,7 @@ def labelled_states(task, seed=0):
         return rng.uniform((-1, -1.5), (1, 1.5), (1000, 2))
     if task == "mountaincar":
         return rng.uniform((-1.2, 0), (0.6, 0), (200, 2))
-    model, names = vlmrm.World(configure(task), 1).sims[0].model, [task] * 300 + [*POSTURES] * 20
+    model, names = model_of(vlmrm.World(configure(task), 1)), [task] * 300 + [*POSTURES] * 20
     stand, start = posture(model, **STAND), []
     for name in names:
         share, noise = min(1, rng.uniform(0, 2)), rng.uniform(0, 0.1)
@@ -80,18 +87,15 @@ def labelled_states(task, seed=0):
     controls[:8] = 0
     return np.concatenate(settle(model, start, controls)[[0, 4, 8, 30]])
 
-def goals(world, states):
-    """Whether states (n, nq) are goal states, (n,) bool."""
-    if world.sims[0].spec.id == CAR.env_id:
-        return states[:, 0] >= 0.45  # as far up as Gymnasium's goal
-    return world.judge(states)
 
 def pictures(world, states):
-    """Pictures of states (n, nq), uint8 (n, H, W, 3)."""
-    frames, sim = [], world.sims[0]
-    if sim.spec.id != CAR.env_id:
-        return world.render(states)
+    """Pictures of states (n, nq), uint8 (n, H, W, 3), by a World of one simulation."""
+    world.reset()
+    sim, frames = world.sims[0], []
     for state in states:
-        sim.state = np.array(state)
-        frames.append(sim.render())
+        if world.cfg.env_id == CAR:
+            sim.state = np.array(state)
+        else:
+            sim.set_state(state, np.zeros(sim.model.nv))
+        frames.append(world.render()[0])
     return np.stack(frames)

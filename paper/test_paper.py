@@ -1,11 +1,13 @@
 """Tests of the scripts of this folder and of tiny_clip/make.py: closed forms, poses by hand, and
 short real runs. Run: pytest paper"""
+
 import argparse
 import json
 import math
 import os
 import re
 import shlex
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,38 +17,60 @@ os.environ.setdefault("MUJOCO_GL", "egl")  # before mujoco
 import mujoco
 import numpy as np
 import pytest
-pytest.importorskip("matplotlib", reason="pip install -r paper/requirements.txt")
-from PIL import Image
+import torch
 
-import shared
+pytest.importorskip("matplotlib", reason="pip install -r paper/requirements.txt")
 import compare
+import criteria
 import curve
 import evaluate
 import landscape
+import shared
+import sight
+import truth
 import watch
+from PIL import Image
 from shared import sac, vlmrm
-from states import POSTURES, STAND, goals, labelled_states, pictures, posture, settle
+from states import POSTURES, STAND, labelled_states, pictures, posture, settle
 
-HERE = Path(__file__).parent
-README = (HERE / "README.md").read_text()
-KNEEL, LOTUS, ARMS_UP, SPLITS, HIPS, ONE_LEG, CROSSED = (POSTURES[name] for name in (
-    "kneeling", "lotus", "arms-raised", "splits", "hands-on-hips", "one-leg", "arms-crossed"))
-TINY_RUN = ("--task cartpole --steps 40 --num-envs 2 --episode-length 10 --updates 2 "
-            "--batch-size 16 --learning-starts 20 --out").split()
+README = (Path(__file__).parent / "README.md").read_text()
+KNEEL, LOTUS, ARMS_UP, SPLITS = (
+    POSTURES[x] for x in ("kneeling", "lotus", "arms-raised", "splits")
+)
+HIPS, ONE_LEG, CROSSED = (POSTURES[x] for x in ("hands-on-hips", "one-leg", "arms-crossed"))
+SHORT = (
+    "--steps 40 --num-envs 2 --episode-length 10 --updates 2 --batch-size 16 --learning-starts 20 "
+    "--out"
+).split()
+
 
 @pytest.fixture(scope="module")
 def humanoid():
     return vlmrm.World(shared.configure("kneeling"), 1, 64)
 
+
+@pytest.fixture(scope="module")
+def model(humanoid):
+    return shared.model_of(humanoid)
+
+
+def run(task, folder):
+    """A short run of a task; the README says how such a command looks."""
+    prompt, baseline, env_id = criteria.TASKS[task]
+    goal = ["--env-id", env_id, "--prompt", prompt.upper(), "--baseline", baseline]
+    vlmrm.main([*goal, *SHORT, str(folder)])
+    return folder
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "cart"
-    vlmrm.main([*TINY_RUN, str(folder)])
-    return folder
+    return run("cartpole", tmp_path_factory.mktemp("runs") / "cart")
+
 
 # ---- rewards beside labels ----
 
-def test_epic_and_auroc_against_closed_forms_and_counting():
+
+def test_epic_auroc_and_hacked_against_closed_forms_and_counting():
     rng = np.random.default_rng(0)
     goal, reward = rng.random(200) < 0.3, rng.integers(0, 9, 200) / 9.0
     assert shared.epic(3 * goal - 1.0, goal) == pytest.approx(0, abs=1e-6)
@@ -58,17 +82,15 @@ def test_epic_and_auroc_against_closed_forms_and_counting():
     assert shared.auroc(reward, goal) == pytest.approx(np.mean(pairs))
     assert math.isnan(shared.epic(reward, goal & False))
     assert math.isnan(shared.auroc(reward, goal & False))
+    assert shared.hacked(reward, goal, 0.5) == ((reward > 0.5) * (1 - goal)).mean()
 
-def test_hacked_counts_what_is_paid_better_without_being_a_goal():
-    goal = np.array([True, False, False, False, True])
-    assert shared.hacked(np.arange(1, 6), goal, 2) == 0.4
 
 # ---- states and criteria ----
 
+
 @pytest.mark.parametrize("how", [KNEEL, LOTUS, STAND, dict(pitch=80)])
-def test_postures_touch_the_floor_as_mujoco_sees_it(how, humanoid):
-    model, touching = humanoid.sims[0].model, []
-    data = mujoco.MjData(model)
+def test_postures_touch_the_floor_as_mujoco_sees_it(how, model):
+    touching, data = [], mujoco.MjData(model)
     for gap in (-0.001, 0.001):
         data.qpos[:] = posture(model, **how)
         data.qpos[2] += gap
@@ -76,81 +98,130 @@ def test_postures_touch_the_floor_as_mujoco_sees_it(how, humanoid):
         touching.append(any(0 in contact.geom and contact.dist < 0 for contact in data.contact))
     assert touching == [True, False]
 
-@pytest.mark.parametrize("task, expected, how, why", [
-    ("kneeling", True, KNEEL, "upright"),
-    ("kneeling", True, KNEEL | dict(hip_y=-60, knee=-157), "on the heels"),
-    ("kneeling", True, KNEEL | dict(pitch=20, hip_y=-30), "leaning a little"),
-    ("kneeling", False, KNEEL | dict(hip_y=0, knee=-5), "standing"),
-    ("kneeling", False, KNEEL | dict(height=1.2), "in the air"),
-    ("kneeling", False, KNEEL | dict(left_hip_y=-90, left_knee=-90), "on one knee"),
-    ("kneeling", False, KNEEL | dict(pitch=80, hip_y=-90), "fallen forward"),
-    ("kneeling", False, KNEEL | dict(hip_y=-90, knee=-5), "legs stretched out"),
-    ("kneeling", False, KNEEL | dict(pitch=-60, hip_y=30), "fallen back"),
-    ("standing", True, STAND, ""),
-    ("standing", True, ARMS_UP, "what the arms do is free"),
-    ("standing", False, STAND | dict(height=1.4), "in the air"),
-    ("standing", False, STAND | dict(pitch=50), "falling"),
-    ("standing", False, dict(hip_y=-90, knee=-120), "squatting"),
-    ("standing", False, ONE_LEG, "on one leg"),
-    ("arms-raised", True, ARMS_UP, ""),
-    ("arms-raised", False, STAND, "arms down"),
-    ("arms-raised", False, ARMS_UP | dict(left_shoulder1=0), "one arm"),
-    ("arms-raised", False, ARMS_UP | dict(height=1.5), "in the air"),
-    ("lotus", True, LOTUS, ""),
-    ("lotus", False, LOTUS | dict(height=0.6), "in the air"),
-    ("lotus", False, SPLITS, "legs stretched"),
-    ("lotus", False, LOTUS | dict(hip_z=0, hip_x=0), "knees ahead"),
-    ("lotus", False, LOTUS | dict(pitch=-60), "lying"),
-    ("splits", True, SPLITS, ""),
-    ("splits", False, SPLITS | dict(hip_z=0), "legs forward"),
-    ("splits", False, SPLITS | dict(knee=-90), "knees bent"),
-    ("splits", False, SPLITS | dict(height=0.8), "in the air"),
-    ("splits", False, LOTUS, "legs crossed"),
-    ("hands-on-hips", True, HIPS, ""),
-    ("hands-on-hips", False, STAND, "arms down"),
-    ("hands-on-hips", False, CROSSED, "before the chest"),
-    ("hands-on-hips", False, HIPS | dict(right_shoulder1=0), "one hand"),
-    ("one-leg", True, ONE_LEG, ""),
-    ("one-leg", False, STAND, "on both"),
-    ("one-leg", False, ONE_LEG | dict(height=1.4), "jumping"),
-    ("one-leg", False, ONE_LEG | dict(pitch=70), "falling"),
-    ("arms-crossed", True, CROSSED, ""),
-    ("arms-crossed", False, STAND, "arms down"),
-    ("arms-crossed", False, HIPS, "on the hips"),
-    ("arms-crossed", False, CROSSED | dict(left_shoulder1=0, left_shoulder2=0), "one arm"),
-    ("arms-crossed", False, STAND | dict(shoulder1=60, elbow=-10), "hands meet"),
-])
-def test_criteria_on_poses_by_hand(task, expected, how, why, humanoid):
-    model = humanoid.sims[0].model
-    result = vlmrm.Humanoid(model, posture(model, **how)[None]).goals()
-    assert result[task].tolist() == [expected], why
+
+FULFILS = {  # task -> what it looks like -> a posture
+    "kneeling": {
+        "upright": KNEEL,
+        "on the heels": KNEEL | dict(hip_y=-60, knee=-157),
+        "leaning a little": KNEEL | dict(pitch=20, hip_y=-30),
+    },
+    "lotus": {"": LOTUS},
+    "standing": {"": STAND, "what the arms do is free": ARMS_UP},
+    "arms-raised": {"": ARMS_UP},
+    "splits": {"": SPLITS},
+    "hands-on-hips": {"": HIPS},
+    "one-leg": {"": ONE_LEG},
+    "arms-crossed": {"": CROSSED},
+}
+FAILS = {
+    "kneeling": {
+        "standing": KNEEL | dict(hip_y=0, knee=-5),
+        "in the air": KNEEL | dict(height=1.2),
+        "on one knee": KNEEL | dict(left_hip_y=-90, left_knee=-90),
+        "fallen forward": KNEEL | dict(pitch=80, hip_y=-90),
+        "legs stretched out": KNEEL | dict(hip_y=-90, knee=-5),
+        "fallen back": KNEEL | dict(pitch=-60, hip_y=30),
+    },
+    "lotus": {
+        "in the air": LOTUS | dict(height=0.6),
+        "legs stretched": SPLITS,
+        "knees ahead": LOTUS | dict(hip_z=0, hip_x=0),
+        "lying": LOTUS | dict(pitch=-60),
+    },
+    "standing": {
+        "in the air": STAND | dict(height=1.4),
+        "falling": STAND | dict(pitch=50),
+        "squatting": dict(hip_y=-90, knee=-120),
+        "on one leg": ONE_LEG,
+    },
+    "arms-raised": {
+        "arms down": STAND,
+        "one arm": ARMS_UP | dict(left_shoulder1=0),
+        "in the air": ARMS_UP | dict(height=1.5),
+    },
+    "splits": {
+        "legs forward": SPLITS | dict(hip_z=0),
+        "knees bent": SPLITS | dict(knee=-90),
+        "in the air": SPLITS | dict(height=0.8),
+        "legs crossed": LOTUS,
+    },
+    "hands-on-hips": {
+        "arms down": STAND,
+        "before the chest": CROSSED,
+        "one hand": HIPS | dict(right_shoulder1=0),
+    },
+    "one-leg": {
+        "on both": STAND,
+        "jumping": ONE_LEG | dict(height=1.4),
+        "falling": ONE_LEG | dict(pitch=70),
+    },
+    "arms-crossed": {
+        "arms down": STAND,
+        "on the hips": HIPS,
+        "one arm": CROSSED | dict(left_shoulder1=0, left_shoulder2=0),
+        "hands meet": STAND | dict(shoulder1=60, elbow=-10),
+    },
+}
+
+
+@pytest.mark.parametrize("task", FULFILS)
+def test_criteria_on_poses_by_hand(task, humanoid, model):
+    for expected, poses in ((True, FULFILS[task]), (False, FAILS[task])):
+        for why, how in poses.items():
+            qpos = posture(model, **how)
+            assert criteria.goals(model, qpos[None])[task].tolist() == [expected], why
+            # An observation is enough, wherever the robot stands.
+            qpos[:2] = 3, -2
+            humanoid.sims[0].set_state(qpos, np.zeros(model.nv))
+            obs = np.tile(humanoid.sims[0]._get_obs(), (2, 3, 1))
+            assert (criteria.met(task, model, obs) == np.full((2, 3), expected)).all(), why
+
 
 def test_criteria_of_pole_and_car():
-    pole, car = (vlmrm.World(shared.configure(task), 1) for task in ("cartpole", "mountaincar"))
-    assert goals(pole, np.array([[0, 0.0], [0, 0.5], [0.5, -0.199]])).tolist() == [1, 0, 1]
-    assert goals(car, np.array([[-0.5, 0], [0.44, 0.02], [0.46, 0]])).tolist() == [0, 0, 1]
+    pole = np.array([[0, 0.0, 9, 9], [0, 0.5, 0, 0], [0.5, -0.199, 0, 9]])
+    assert criteria.met("cartpole", None, pole).tolist() == [True, False, True]
+    car = np.array([[-0.5, 0], [0.44, 0.02], [0.46, 0]])
+    assert criteria.met("mountaincar", None, car).tolist() == [False, False, True]
+
+
+def test_a_task_is_known_by_its_prompt_and_world():
+    for name, task in criteria.TASKS.items():
+        spelled = "  " + task.prompt.title().replace(" ", "  ")
+        assert criteria.task_of(spelled, task.env_id) == name
+        assert criteria.task_of(task.prompt, "Ant-v5") is None
+        assert shared.configure(name).env_id == task.env_id
+    assert criteria.task_of("a humanoid robot kneeling down", criteria.HUMANOID) is None
+
 
 AT_E0C5F54 = {  # sum of the states before they settle, at that commit
-    "lotus": -1806.312258, "one-leg": -394.548378, "cartpole": 33.310257, "mountaincar": -43.974550}
+    "lotus": -1806.312258,
+    "one-leg": -394.548378,
+    "cartpole": 33.310257,
+    "mountaincar": -43.974550,
+}
+
 
 @pytest.mark.parametrize("task", AT_E0C5F54)
-def test_labelled_states_are_the_same_for_everyone_and_of_both_kinds(task, monkeypatch):
+def test_labelled_states_are_the_same_for_everyone_and_of_both_kinds(task, model, monkeypatch):
     monkeypatch.setattr("states.settle", lambda model, start, controls: np.stack([start] * 31))
     states = labelled_states(task)[:460]
     assert states.sum() == pytest.approx(AT_E0C5F54[task], abs=1e-5)
-    assert 0.05 < goals(vlmrm.World(shared.configure(task), 1), states).mean() < 0.7
+    assert 0.05 < criteria.holds(task, model, states).mean() < 0.7
+
 
 def test_settling_is_gymnasiums_physics(humanoid):
     humanoid.reset(seed=0)
     sim, actions = humanoid.sims[0], np.random.default_rng(0).uniform(-0.4, 0.4, (4, 1, 17))
-    start = humanoid.states()
+    start = shared.states_of(humanoid)
     sim.set_state(start[0], np.zeros(23))
     path = settle(sim.model, start, actions)
-    for action, expected in zip(np.float32(actions / 0.4), path[1:]):  # of its range
+    for action, expected in zip(np.float32(actions / 0.4), path[1:], strict=True):  # of its range
         humanoid.step(action)
-        np.testing.assert_allclose(humanoid.states(), expected, atol=1e-6)
+        np.testing.assert_allclose(shared.states_of(humanoid), expected, atol=1e-6)
+
 
 # ---- the scripts ----
+
 
 def test_compared_rows_are_the_clip_reward_beside_the_label(capsys, monkeypatch):
     states = labelled_states("cartpole")[::10]
@@ -159,24 +230,26 @@ def test_compared_rows_are_the_clip_reward_beside_the_label(capsys, monkeypatch)
     compare.main(["--task", "cartpole", "--clip", "tiny_clip", "tiny_clip", "--prompt", *prompts])
     rows = [line for line in capsys.readouterr().out.splitlines() if "tiny_clip" in line]
     assert len(rows) == 4 and rows[:2] == rows[2:]
-    world = vlmrm.World(shared.configure("cartpole"), 1, 64)
-    frames, goal = world.render(states), np.abs(states[:, 1]) < 0.2
-    for row, prompt in zip(rows, prompts):
+    frames = pictures(vlmrm.World(shared.configure("cartpole"), 1, 64), states)
+    goal = np.abs(states[:, 1]) < 0.2
+    for row, prompt in zip(rows[:2], prompts, strict=True):
         assert row.endswith(prompt)
         reward = vlmrm.CLIPReward(prompt, "pole and cart", 0.5)(frames).numpy()
         expected = f"{shared.epic(reward, goal):.3f} ({shared.auroc(reward, goal):.3f})"
         assert row.split("  ")[2] == expected
 
-def test_landscape_is_the_reward_along_a_joint(tmp_path, monkeypatch, humanoid):
+
+def test_landscape_is_the_reward_along_a_joint(tmp_path, monkeypatch, humanoid, model):
     monkeypatch.chdir(tmp_path)
     landscape.main(["left_knee", "--task", "kneeling"])
     folder = Path("runs/landscape-kneeling-left_knee")
     knee = np.genfromtxt(folder / "landscape.csv", delimiter=",", names=True)
     assert len(knee) == 101 and Image.open(folder / "landscape.png").width == 700
     how = KNEEL | dict(left_knee=np.degrees(knee["left_knee"][70]))
-    frames = humanoid.render(posture(humanoid.sims[0].model, **how)[None])
-    expected = vlmrm.CLIPReward(vlmrm.TASKS["kneeling"].prompt, alpha=0.75)(frames).item()
+    frames = pictures(humanoid, posture(model, **how)[None])
+    expected = vlmrm.CLIPReward(criteria.TASKS["kneeling"].prompt, alpha=0.75)(frames).item()
     assert knee["alpha_075"][70] == pytest.approx(expected, abs=1e-4)
+
 
 def test_car_is_drawn_where_it_is_put():
     pytest.importorskip("pygame")
@@ -184,46 +257,105 @@ def test_car_is_drawn_where_it_is_put():
     left, flag, again = pictures(world, np.array([[-0.5, 0], [0.45, 0], [0.45, 0.01]]))
     assert (left != flag).any() and (flag == again).all()
 
-def test_evaluation_of_a_run_is_its_policys(trained, capsys):
-    evaluate.main([str(trained), "--episodes", "3"])
-    result = json.loads((trained / "eval.json").read_text())
-    assert "3 deterministic episodes" in capsys.readouterr().out
-    assert Image.open(trained / "film-judged.gif").n_frames == 10
-    assert [row["alpha"] for row in result["alphas"]] == [0, 0.25, 0.5, 0.75, 1]
-    config = vlmrm.read_config(trained)
-    world, reward = vlmrm.World(config, 3, 64), vlmrm.CLIPReward(config.prompt, config.baseline)
-    policy = shared.best_policy(trained, config, world)
-    obs, _ = world.reset(seed=3_000_000)
+
+def by_hand(folder, policy, noise):
+    """CLIP return, share of goal states and of successes of 3 deterministic episodes of a pole."""
+    cfg = vlmrm.read_config(folder)
+    reward = vlmrm.CLIPReward(cfg.prompt, cfg.baseline, clip=cfg.clip)
+    world = vlmrm.World(cfg, 3, reward.image_size)
+    for sim in world.sims:
+        sim._reset_noise_scale = noise
+    obs, _ = world.reset(seed=1_000_000)
+    assert 0.3 * noise < np.abs(obs).max() <= noise
     rewards, held = [], []
-    for _ in range(10):
-        action = policy.act(obs, deterministic=True)
-        obs = world.step(action)[0]
+    for _ in range(cfg.episode_length):
+        obs = world.step(policy.act(obs, deterministic=True))[0]
         rewards.append(reward(world.render()).numpy())
         held.append(np.abs(obs[:, 1]) < 0.2)
     rewards, held = np.stack(rewards), np.stack(held)
-    assert result["return"] == pytest.approx(rewards.sum(0).mean(), abs=1e-3)
-    assert result["success"] == pytest.approx((held.mean(0) >= 0.5).mean())
-    assert result["goal_states"] == pytest.approx(held.mean())
-    s = np.ones((2, 4, 64), np.float32) / 8
-    by_hand = np.array([[True, True, False, False], [True, False, False, False]])
-    judged = evaluate.judge(config, reward, s, by_hand)
-    assert judged["success"] == 0.5 and judged["goal_states"] == 3 / 8  # half the steps suffice
+    return rewards.sum(0).mean(), held.mean(), (held.mean(0) >= 0.5).mean()
+
+
+# An untrained network is the same one again.
+@pytest.mark.parametrize("clip, steps", [("tiny_clip", 10), ("ViT-S-32-alt/random", 2)])
+def test_evaluation_is_of_the_kept_and_of_the_last_policy(
+    clip, steps, trained, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(evaluate, "labelled_states", lambda task: labelled_states(task)[::20])
+    folder = shutil.copytree(trained, tmp_path / "run")
+    cfg = replace(vlmrm.read_config(folder), clip=clip, episode_length=steps)
+    (folder / "config.json").write_text(json.dumps(vars(cfg)))
+    last = shared.policies(folder, vlmrm.World(cfg, 1))["last"]
+    kept = sac.Actor(4, 1, cfg.hidden)
+    torch.save(kept.state_dict(), folder / "best.pt")
+    agent = torch.load(folder / "last.pt")["agent"]
+    assert all(value.equal(agent[f"policy.{name}"]) for name, value in last.state_dict().items())
+    evaluate.main([str(folder), "--episodes", "3", "--reset-noise", "0.2"])
+    result = json.loads((folder / "eval.json").read_text())
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    for line, name, policy in zip(lines, ("kept", "last"), (kept, last), strict=True):
+        got = result[name]
+        numbers = [got["return"], got["goal_states"], got["success"]]
+        assert numbers == pytest.approx(by_hand(folder, policy, 0.2), abs=1e-3)
+        assert line.startswith(f"{name} policy, 3 deterministic episodes: CLIP return")
+        assert line.endswith(f"success rate {got['success']:.0%}")
+        assert [row["alpha"] for row in got["alphas"]] == [0, 0.25, 0.5, 0.75, 1]
+    assert Image.open(folder / "film-judged.gif").n_frames == steps
+
+
+def test_success_is_the_goal_in_half_of_the_steps():
+    goal = np.array([[True, True], [True, False], [False, False], [False, False]])
+    assert shared.success(goal) == 0.5
+
 
 def test_a_run_of_the_mountain_car_is_judged_by_its_position(tmp_path, monkeypatch):
     pytest.importorskip("pygame")
-    car = ["--env-id", shared.CAR.env_id, "--prompt", shared.CAR.prompt]
-    vlmrm.main([*car, *TINY_RUN[2:], str(tmp_path / "car")])
-    monkeypatch.setattr(evaluate, "goals", lambda world, states: abs(states[:, 0] + 0.5) < 0.2)
-    evaluate.main([str(tmp_path / "car"), "--episodes", "2"])
-    result = json.loads((tmp_path / "car/eval.json").read_text())
+    monkeypatch.setattr(vlmrm, "finish", lambda *parts: None)  # 100 episodes of large pictures
+    monkeypatch.setattr(evaluate, "labelled_states", lambda task: labelled_states(task)[::20])
+    folder = run("mountaincar", tmp_path / "car")
+    monkeypatch.setattr(
+        criteria, "holds", lambda task, model, states: abs(states[:, 0] + 0.5) < 0.2
+    )
+    evaluate.main([str(folder), "--episodes", "2"])
+    result = json.loads((folder / "eval.json").read_text())["kept"]
     assert result["success"] == result["goal_states"] == 1  # it starts in the valley
 
-def test_learning_curves_are_drawn(trained, tmp_path):
-    curve.main([str(trained)])
-    curve.main([str(trained), str(trained), "--columns", "q", "--out", str(tmp_path / "q.png")])
-    two, one = Image.open(trained / "curve.png"), Image.open(tmp_path / "q.png")
+
+@pytest.mark.parametrize("reward", ["log-odds", "criterion"])
+def test_perfect_sight_teaches_what_the_simulator_knows(reward, tmp_path, capsys, model):
+    folder = tmp_path / "sight"
+    sight.main(["--task", "cartpole", "--reward", reward, *SHORT, str(folder)])
+    lines = capsys.readouterr().out.splitlines()
+    for name, line in zip(("kept", "last"), lines[-2:], strict=True):
+        assert re.fullmatch(f"{name} policy, 100 deterministic .*, success rate \\d+%", line)
+    saved = torch.load(folder / "last.pt")
+    mean, std = saved["agent"]["actor.obs_mean"], saved["agent"]["actor.obs_std"]
+    _, _, r, next_obs, _ = saved["replay"]  # standardised
+    angle = (next_obs * std + mean)[:, 1].abs()
+    graded = (2.5 - 9 * (angle - 0.02).clamp(min=0)).clamp(min=-4)
+    expected = graded if reward == "log-odds" else angle < 0.2
+    torch.testing.assert_close(r, expected.float(), atol=1e-4, rtol=0)
+    label = sight.teacher("lotus", reward, model)
+    good, bad = label(np.stack([posture(model, **LOTUS), model.qpos0])).tolist()
+    assert (good > 2.4 and bad == -4) if reward == "log-odds" else (good, bad) == (1, 0)
+
+
+def test_learning_curves_are_drawn_of_what_there_is(trained, tmp_path, capsys):
+    other = shutil.copytree(trained, tmp_path / "other")
+    (tmp_path / "no-run").mkdir()
+    text = (trained / "progress.csv").read_text()
+    rows = [*text.splitlines()[:2], "40,1.5", "60"]  # header, a whole row, parts of rows
+    (other / "progress.csv").write_text("\n".join(rows))
+    curve.main([str(tmp_path / "no-run"), str(other), str(trained)])
+    assert "skipped: " in capsys.readouterr().err
+    curve.main([str(trained), "--columns", "q", "--out", str(tmp_path / "q.png")])
+    two, one = Image.open(other / "curve.png"), Image.open(tmp_path / "q.png")
     assert (two.size, one.size) == ((700, 600), (700, 350)) and np.asarray(two).std() > 10
-    assert list(curve.read(trained)["step"]) == [20, 40]
+    figure = curve.draw(curve.read_all([trained, other]), ["return", "test"])
+    whole, part = figure.axes[0].lines
+    assert whole.get_xdata().tolist() == [20, 40] and part.get_xdata().tolist() == [20]
+    assert part.get_marker() == "." and part.get_label() == "other, seed 0"
+
 
 def test_watching_shows_the_policys_states(trained, monkeypatch):
     seen = []
@@ -237,116 +369,125 @@ def test_watching_shows_the_policys_states(trained, monkeypatch):
 
         def sync(self):
             seen.append(self.data.qpos.copy())
+
     monkeypatch.setenv("DISPLAY", ":0")
     monkeypatch.setattr("mujoco.viewer.launch_passive", Viewer)
     watch.main([str(trained)])
-    config = vlmrm.read_config(trained)
-    world = vlmrm.World(config, 1)
-    policy = shared.best_policy(trained, config, world)
+    world = vlmrm.World(vlmrm.read_config(trained), 1)
+    policy = shared.policies(trained, world)["kept"]
     obs, _ = world.reset(seed=0)
     for step, qpos in enumerate(seen):
-        action = policy.act(obs, deterministic=True)
-        obs = world.step(action)[0]
-        assert np.array_equal(qpos, world.states()[0])
+        obs = world.step(policy.act(obs, deterministic=True))[0]
+        assert np.array_equal(qpos, shared.states_of(world)[0])
         if step == 9:
             obs, _ = world.reset()
 
-@pytest.mark.parametrize("main, argv, message", [
-    (evaluate.main, ["nowhere"], "not a run's folder"),
-    (evaluate.main, ["RUN", "--episodes", "0"], "from 1 to"),
-    (watch.main, ["RUN"], "display"),
-    (curve.main, ["nowhere"], "no progress.csv"),
-    (landscape.main, ["tail", "--task", "kneeling"], "right_knee"),
-    (landscape.main, ["hinge", "--task", "cartpole", "--out", "."], "not overwritten"),
-])
-def test_bad_input_is_one_line(main, argv, message, trained, monkeypatch):
+
+@pytest.mark.parametrize(
+    "main, argv, message",
+    [
+        (evaluate.main, "nowhere", "not a run's folder"),
+        (evaluate.main, "RUN --episodes 0", "from 1 to"),
+        (evaluate.main, "RUN --reset-noise -1", "from 0 to"),
+        (evaluate.main, "UNTRAINED", "best.pt and last.pt"),
+        (evaluate.main, "OTHER", "no criterion for 'a cart'"),
+        (watch.main, "RUN", "display"),
+        (curve.main, "nowhere", "no run to draw"),
+        (curve.main, "RUN --out curve.xyz", "cannot be drawn"),
+        (landscape.main, "tail --task kneeling", "right_knee"),
+        (landscape.main, "hinge --task cartpole --out .", "not overwritten"),
+        (sight.main, "--task lotus --prompt cart", "no prompt"),
+    ],
+)
+def test_bad_input_is_one_line(main, argv, message, trained, tmp_path, monkeypatch):
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    config = json.loads((trained / "config.json").read_text())
+    folders = {"RUN": trained, "UNTRAINED": tmp_path / "untrained", "OTHER": tmp_path / "other"}
+    for name, prompt in (("UNTRAINED", config["prompt"]), ("OTHER", "a cart")):
+        folders[name].mkdir()
+        (folders[name] / "config.json").write_text(json.dumps(config | {"prompt": prompt}))
     with pytest.raises(sac.UsageError, match=message) as error:
-        main([x.replace("RUN", str(trained)) for x in argv])
+        main([str(folders.get(x, x)) for x in argv.split()])
     assert "\n" not in str(error.value)
 
-def test_a_prompt_without_criterion_is_not_judged(trained, tmp_path):
-    config = json.loads((trained / "config.json").read_text())
-    config |= {"task": "", "prompt": "a cart"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(sac.UsageError, match="no criterion for 'a cart'"):
-        evaluate.main([str(tmp_path)])
 
 # ---- tiny_clip/make.py, and the commands of the README ----
+
 
 @pytest.fixture
 def make(monkeypatch):
     monkeypatch.syspath_prepend(vlmrm.TINY_CLIP)
     import make
+
     return make
 
-def test_make_trains_and_saves_a_folder_that_loads_as_any_other(tmp_path, make, humanoid):
-    names = ["kneeling", "standing", "lotus", "splits"]
-    poses = [posture(humanoid.sims[0].model, **POSTURES[name]) for name in names]
-    frames, truth = make.pictures("Humanoid-v5", np.stack(poses * 3))
-    best = [make.CONCEPTS[i] for i in truth[:4, :9].argmax(1)]
-    assert best == names and (truth[:, make.CONCEPTS.index("at the flag")] == make.FALSE).all()
-    model, rng = make.new_model(), np.random.default_rng(0)
-    before = [p.detach().clone() for p in model.parameters()]
-    make.fit(model, frames, truth, 2, 1e-3, rng, batch=8)
-    assert not any((p == q).all() for p, q in zip(model.parameters(), before) if p.ndim > 1)
-    make.save(model, tmp_path / "clip")
-    written = json.loads((tmp_path / "clip/open_clip_config.json").read_text())
-    assert written == json.loads((vlmrm.TINY_CLIP / "open_clip_config.json").read_text())
-    prompt = vlmrm.TASKS["lotus"].prompt
-    reward = vlmrm.CLIPReward(prompt, clip=str(tmp_path / "clip"))
-    np.testing.assert_allclose(reward(frames), make.score(model, frames, prompt), atol=0.02)
 
-def test_captions_are_as_true_as_they_were(make, humanoid):
-    poses = np.stack([posture(humanoid.sims[0].model, **how) for how in POSTURES.values()])
+def test_captions_are_as_true_as_they_were(make, model):
+    poses = np.stack([posture(model, **how) for how in POSTURES.values()])
     states = np.concatenate([poses, (poses + poses[2]) / 2])  # and half of the way to standing
-    truth = make.judge("Humanoid-v5", states).astype(float)
-    checksum = (truth.sum(0) * np.arange(len(make.CONCEPTS))).sum()
+    odds = make.judge("Humanoid-v5", states).astype(float)
+    checksum = (odds.sum(0) * np.arange(len(make.CONCEPTS))).sum()
     assert checksum == pytest.approx(-21622.27008, abs=1e-3)  # at e0c5f54
+    assert [make.CONCEPTS[i] for i in odds[:2, :9].argmax(1)] == ["kneeling", "lotus"]
+    assert (odds[:, make.CONCEPTS.index("at the flag")] == truth.FALSE).all()
+
 
 @pytest.mark.parametrize("judged_by", ["truth", "clip"])
 def test_make_collects_what_a_policy_sees(judged_by, make, monkeypatch):
-    class Short(make.WatchedWorld):
-        def __init__(self, config, concept=None):
-            super().__init__(replace(config, episode_length=3), concept)
-    monkeypatch.setattr(make, "WatchedWorld", Short)
-    monkeypatch.setattr(sac.SAC, "update", lambda self, batch: None)
+    short = partial(shared.configure, num_envs=2, episode_length=3)
+    monkeypatch.setattr(shared, "configure", short)
+    monkeypatch.setitem(make.LEARNER, "updates", 1)
     job = (7, 2, 5, "kneeling", judged_by)
-    frames, truth = make.policy_pictures(job, "plain", vlmrm.TINY_CLIP)
-    assert frames.shape == (5, 64, 64, 3) and truth.shape == (5, len(make.CONCEPTS))
+    frames, odds = make.policy_pictures(job, "plain", vlmrm.TINY_CLIP)
+    assert frames.shape == (5, 64, 64, 3) and odds.shape == (5, len(make.CONCEPTS))
     assert all(frame.std() > 10 for frame in frames) and (frames[0] != frames[1]).any()
+
 
 def test_make_runs_from_pictures_to_siblings(make, tmp_path, monkeypatch, capsys):
     frames = np.random.default_rng(0).integers(0, 255, (40, 64, 64, 3), np.uint8)
-    truth = np.random.default_rng(1).uniform(-4, 2.5, (40, len(make.CONCEPTS))).astype(np.float32)
-    asked = []
+    odds = np.random.default_rng(1).uniform(-4, 2.5, (40, len(make.CONCEPTS))).astype(np.float32)
+    asked, fit = [], make.fit
 
     def policy_pictures(job, looks, folder):
         assert (folder / "open_clip_config.json").exists() or job[-1] == "truth"
         asked.append((job[-1], looks))
-        return frames, truth
+        return frames, odds
+
+    def short_fit(net, *data):
+        before = [p.detach().clone() for p in net.parameters()]
+        fit(net, *data, batch=8)
+        pairs = zip(net.parameters(), before, strict=True)
+        assert not any((p == q).all() for p, q in pairs if p.ndim > 1)  # all learns
 
     class Pool:  # in this process
         def __init__(self, *args):
             self.map = map
+
+    monkeypatch.setenv("TQDM_DISABLE", "")  # which main sets
     monkeypatch.setattr(make, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(make, "policy_pictures", policy_pictures)
-    monkeypatch.setattr(make, "worlds_pictures", lambda rng, looks: [(frames, truth)])
+    monkeypatch.setattr(make, "worlds_pictures", lambda rng, looks: [(frames, odds)])
     monkeypatch.setattr(make, "STEPS", 4)
-    monkeypatch.setattr(make, "fit", partial(make.fit, batch=8))
+    monkeypatch.setattr(make, "fit", short_fit)
     monkeypatch.setattr(make, "HERE", tmp_path)
-    monkeypatch.setitem(make.CONFIG["model_cfg"]["vision_cfg"], "width", 8)
-    make.main(["--looks", "paper", "--siblings", "12"])
-    assert asked.count(("truth", "paper")) == 12 and asked.count(("clip", "paper")) == 9
-    out = capsys.readouterr().out
-    assert "training on 520 pictures" in out and "training on 880 pictures" in out
-    assert "one-leg, states of a policy unseen: 40 pictures" in out
-    small, large = (sum(p.numel() for p in vlmrm.load_clip(str(folder))[0].visual.parameters())
-                    for folder in (tmp_path / "looks-paper", tmp_path / "looks-paper/width-12"))
-    assert small < large
+    monkeypatch.setitem(make.CONFIG["model_cfg"]["vision_cfg"], "width", 16)  # taken back
+    make.main(["--looks", "paper", "--siblings", "8"])
+    assert asked == [("truth", "paper")] * 12 + [("clip", "paper")] * 9
+    out = capsys.readouterr().out  # 40 pictures by each, and 40 of random states
+    assert "training on 880 pictures" in out and "one-leg, states of a policy unseen: 40" in out
+    folder = tmp_path / "looks-paper"
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    assert config == json.loads((vlmrm.TINY_CLIP / "open_clip_config.json").read_text())
+    whole = vlmrm.CLIPReward("a humanoid robot kneeling", clip=str(folder))
+    small = vlmrm.CLIPReward("a humanoid robot kneeling", clip=str(folder / "width-8"))
+    assert 2 * sum(p.numel() for p in small.parameters()) < sum(
+        p.numel() for p in whole.parameters()
+    )
+
 
 COMMANDS = sorted(set(re.findall(r"python ((?:paper/|tiny_clip/|)\w+\.py [^`\n]*)", README)))
+
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_of_the_readme_is_understood(command, make, monkeypatch):
@@ -362,8 +503,8 @@ def test_every_command_of_the_readme_is_understood(command, make, monkeypatch):
     def and_stop(parser, argv=None, namespace=None):
         parse_args(parser, argv, namespace)
         raise StopIteration
+
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", and_stop)
-    scripts = {"evaluate": evaluate, "compare": compare, "landscape": landscape, "curve": curve,
-               "watch": watch, "make": make}
+    scripts = {x.__name__: x for x in (evaluate, compare, landscape, curve, watch, sight, make)}
     with pytest.raises(StopIteration):
         scripts[Path(program).stem].main(argv)

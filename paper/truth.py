@@ -1,0 +1,156 @@
+"""How true a caption is of a state: log-odds from -4 to 2.5 that fall smoothly with the distance
+from the pose it names, as captioners agree less and less. tiny_clip learned them (make.py), and
+sight.py trains on them. The numbers are our choice."""
+
+import numpy as np
+from criteria import HUMANOID, POLE, TASKS, Humanoid, dot, height, judge
+
+TRUE, FALSE = 2.5, -4.0
+CONCEPTS = {"cartpole": "upright", "mountaincar": "at the flag"}  # of other tasks: their name
+
+
+def above(x, limit, slope):
+    """0 where x <= limit, then falling by `slope` per unit: how far a state misses a condition."""
+    return -slope * np.maximum(0, x - limit)
+
+
+def below(x, limit, slope):
+    """0 where x >= limit, then falling with `slope` per unit."""
+    return above(-x, -limit, slope)
+
+
+def heights(robot):
+    """Of the torso's up and front, -1 to 1, and of torso and pelvis, m: (N,) each."""
+    torso, pelvis = robot.torso, robot.pelvis
+    return (height(x)[:, 0] for x in (torso.up, torso.front, torso.centre, pelvis.centre))
+
+
+def seated(robot):
+    """The pelvis low and the torso upright, (N,)."""
+    up, _, _, pelvis = heights(robot)
+    return above(pelvis, 0.15, 3) + below(up, 0.85, 4)
+
+
+def knelt_on(robot):
+    """A knee on the floor, the shin's front facing down, (N, 2)."""
+    hover = 1 - np.exp(-np.maximum(0, robot.knee - 0.01) / 0.15)
+    return above(height(robot.shin.front), -0.6, 0.8) - hover
+
+
+def kneeling(robot):
+    """On both knees, torso and pelvis upright, and not sunk back onto the floor, (N,)."""
+    up, _, torso, _ = heights(robot)
+    knee, pelvis_up = knelt_on(robot), height(robot.pelvis.up)[:, 0]
+    upright = below(up, 0.85, 3.5) + below(torso, 0.7, 3.5) + below(pelvis_up, 0.7, 2)
+    return 0.5 * knee.sum(1) + 0.5 * knee.min(1) + upright
+
+
+def lotus(robot):
+    """Seated, knees down and outwards, feet further inwards, (N,)."""
+    knee = robot.pelvis.outwards(robot.shin.centre)
+    foot = robot.pelvis.outwards(robot.foot)
+    legs = above(robot.knee, 0.08, 2) + below(knee, 0.25, 4) + above(foot - knee, -0.15, 4)
+    return seated(robot) + legs.sum(1)
+
+
+def splits(robot):
+    """Seated, thighs apart, legs straight and on the floor, (N,)."""
+    apart = dot(robot.thigh.up[:, 0], robot.thigh.up[:, 1])  # cosine
+    bend = np.arccos(np.clip(dot(robot.thigh.up, robot.shin.up), -1, 1))  # rad
+    legs = above(robot.sole, 0.08, 3) + above(robot.knee, 0.08, 3) + above(bend, 0.5, 1)
+    return seated(robot) + above(apart, -0.25, 1.2) + 0.5 * legs.sum(1)
+
+
+def crossed(robot):
+    """Hands before the chest, each on the other arm's side, (N,)."""
+    from_chest = robot.hand - robot.torso.centre
+    across = above(robot.torso.outwards(robot.hand), -0.1, 4)
+    forwards = below(dot(from_chest, robot.torso.front), 0.14, 4)
+    return (across + forwards + above(np.abs(height(from_chest)), 0.2, 4)).sum(1)
+
+
+def humanoid(robot):
+    """concept -> how far a criteria.Humanoid misses it, (N,), at most 0."""
+    goal, (up, _, torso, pelvis) = judge(robot), heights(robot)
+    standing = below(torso, 1.2, 6) + below(up, 0.9, 6)
+    arms_up = below(height(robot.hand).min(1) - torso, 0.15, 6)
+    to_hips = np.linalg.norm(robot.hand - robot.pelvis.point(0, 0.2, 0.05), axis=-1)
+    balanced = below(pelvis, 0.85, 6) + below(up, 0.85, 5)
+    one_foot = below(robot.sole.max(1), 0.14, 15) + above(robot.sole.min(1), 0.02, 8)
+    miss = {
+        "kneeling": kneeling(robot),
+        "lotus": lotus(robot),
+        "arms-raised": standing + arms_up,
+        "splits": splits(robot),
+        "hands-on-hips": standing + above(to_hips, 0.1, 4).sum(1),
+        "one-leg": balanced + one_foot,
+        "arms-crossed": standing + crossed(robot),
+    }
+    miss = {name: x - 0.7 * ~goal[name] for name, x in miss.items()}  # the criterion: a step
+    miss["standing"] = standing
+    miss["arms up"] = arms_up
+    miss["kneeling, arms up"] = np.minimum(miss["kneeling"], arms_up)
+    return miss | others(robot, goal["kneeling"])
+
+
+def others(robot, kneels):
+    """The same of concepts that are no task; kneels, (N,) bool, is no sitting."""
+    up, front, torso, pelvis = heights(robot)
+    knee, shin, low_hand = (
+        knelt_on(robot).max(1),
+        height(robot.shin.centre),
+        height(robot.hand).min(1),
+    )
+    level, aslant = above(np.abs(up), 0.5, 5), above(np.abs(up), 0.4, 5)
+    squat = above(pelvis, 0.6, 8) + below(shin.min(1), 0.15, 12)
+    return {
+        "one knee": knee + below(shin.max(1), 0.25, 8) + below(up, 0.85, 5),
+        "on all fours": knee + level + above(front, -0.7, 5) + above(low_hand, 0.15, 6),
+        "face down": above(torso, 0.2, 12) + above(front, -0.8, 5),
+        "on its back": above(torso, 0.2, 12) + below(front, 0.8, 5),
+        "on its side": above(torso, 0.3, 12) + aslant + above(np.abs(front), 0.4, 5),
+        "sitting": above(pelvis, 0.2, 12) + below(up, 0.8, 5) - 2 * kneels,
+        "crouching": squat + below(up, 0.7, 5),
+        "leaning forward": above(front, -0.4, 6),
+        "leaning back": below(front, 0.4, 6),
+        "low": above(torso, 0.6, 6),
+        "humanoid": 0 * torso,
+    }
+
+
+def cartpole(states):
+    """The same for a cart-pole in states (N, 2): the cart's place, m, and the pole's angle, rad."""
+    cart, angle = states.T
+    return {
+        "upright": above(np.abs(angle), 0.02, 9),
+        "leaning left": above(angle, -0.3, 8),
+        "leaning right": below(angle, 0.3, 8),
+        "hanging": below(np.abs(angle), 1.2, 8),
+        "cart left": above(cart, -0.3, 8),
+        "cart right": below(cart, 0.3, 8),
+        "cartpole": 0 * cart,
+    }
+
+
+def mountaincar(x):
+    """The same for a car at positions x (N,); the valley is at -0.52, the flag at 0.45."""
+    return {
+        "at the flag": below(x, 0.45, 2.5),
+        "in the valley": above(np.abs(x + 0.52), 0.1, 6),
+        "on the left hill": above(x, -0.9, 6),
+        "mountaincar": 0 * x,
+    }
+
+
+def log_odds(env_id, model, states):
+    """concept -> log-odds (N,), of all that is said about a world in states (N, nq)."""
+    if env_id == HUMANOID:
+        miss = humanoid(Humanoid(model, states))
+    else:
+        miss = cartpole(states) if env_id == POLE else mountaincar(states[:, 0])
+    return {concept: np.clip(TRUE + x, FALSE, TRUE) for concept, x in miss.items()}
+
+
+def graded(task, model, states):
+    """A task's log-odds in states (N, nq), (N,)."""
+    return log_odds(TASKS[task].env_id, model, states)[CONCEPTS.get(task, task)]
