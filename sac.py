@@ -44,7 +44,7 @@ class Actor(nn.Module):
 
     def standardise(self, obs):
         """obs (..., obs_dim) in the task's units -> float32, in standard deviations from the mean
-        (by SAC.fit_scales; before that as they are). A clock loses its seconds in float32."""
+        (by SAC.fit_scales; before that as they are). float32 loses small changes of large ones."""
         obs = torch.as_tensor(obs).to(self.obs_mean)  # float64, on its device
         return ((obs - self.obs_mean) / self.obs_std).float()
 
@@ -125,8 +125,8 @@ class Replay:
 
 class SAC(nn.Module):
     """`act` and `update`. `temperature` (alpha in SAC's papers) is the first entropy coefficient,
-    then learned. `policy` is the actor's average over the last `window` (a share) of all updates,
-    much steadier than the actor, which explores; 0: the actor itself, as in the usual SAC."""
+    then learned. `policy` is an average of all actors so far, in which later ones weigh more (with
+    `window` .5 the last half of them 3/4): far steadier than the actor; 0: the actor itself."""
 
     def __init__(
         self,
@@ -157,22 +157,21 @@ class SAC(nn.Module):
         self.register_buffer("reward_mean", torch.tensor(0.0))
         self.register_buffer("reward_scale", torch.tensor(1.0))
         self.to(device)
+        actor, critic = self.actor.parameters(), self.critic.parameters()
+        groups = {"params": actor, "lr": lr}, {"params": critic, "lr": critic_lr}
         temperature_group = {"params": [self.log_temperature], "lr": temperature_lr}
-        groups = [{"params": self.actor.parameters()}, temperature_group]
-        self.actor_opt = torch.optim.Adam(groups, lr=lr, fused=True)
-        self.critic_opt = torch.optim.Adam(self.critic.parameters(), lr=critic_lr, fused=True)
+        self.opt = torch.optim.Adam([*groups, temperature_group], fused=True)
 
     def get_extra_state(self):  # so that state_dict() is all of the agent
-        return self.updates, self.actor_opt.state_dict(), self.critic_opt.state_dict()
+        return self.updates, self.opt.state_dict()["state"]
 
-    def set_extra_state(self, saved):
-        self.updates, actor_opt, critic_opt = saved
-        self.actor_opt.load_state_dict(actor_opt)
-        self.critic_opt.load_state_dict(critic_opt)
+    def set_extra_state(self, saved):  # learning rates stay as they are
+        self.updates, state = saved
+        self.opt.load_state_dict(self.opt.state_dict() | {"state": state})
 
     def fit_scales(self, obs, reward, reward_std):
         """Scale obs (..., obs_dim) to mean 0 and deviation 1 (what never varies keeps its unit),
-        rewards to 0 and `reward_std`; only if tasks never end: a shift changes if ending pays."""
+        rewards to 0 and `reward_std`. Not for tasks that end: a shift changes whether it pays."""
         obs = torch.as_tensor(obs).double().flatten(0, -2)  # (n, obs_dim)
         std = obs.std(0).where(obs.amax(0) > obs.amin(0), 1)
         for actor in (self.actor, self.policy):
@@ -195,7 +194,7 @@ class SAC(nn.Module):
         """One step towards q_target."""
         q = self.critic(batch.obs, batch.action)  # (2, B)
         loss_q = 0.5 * (q - self.q_target(batch)).square().mean(-1).sum()
-        descend(self.critic_opt, loss_q)
+        self.descend(loss_q, self.critic.parameters())
         return {"q": q.detach().mean(), "loss_q": loss_q.detach()}
 
     def update_actor_and_temperature(self, batch):
@@ -204,8 +203,15 @@ class SAC(nn.Module):
         temperature, entropy = self.log_temperature.detach().exp(), -logp.detach().mean()
         loss_pi = (temperature * logp - self.critic(batch.obs, action).amin(0)).mean()
         loss_temperature = self.log_temperature * (entropy - self.target_entropy)
-        descend(self.actor_opt, loss_pi + loss_temperature)
+        parameters = [*self.actor.parameters(), self.log_temperature]
+        self.descend(loss_pi + loss_temperature, parameters)
         return {"loss_pi": loss_pi.detach(), "entropy": entropy, "temperature": temperature}
+
+    def descend(self, loss, parameters):
+        """One step of these alone, though the actor's loss passes through the critic."""
+        self.opt.zero_grad()
+        loss.backward(inputs=list(parameters))
+        self.opt.step()  # Adam leaves parameters without a gradient as they are
 
     def update(self, batch):
         """One gradient step of all -> detached scalars, without waiting for the device."""
@@ -223,17 +229,9 @@ def follow(average, network, tau):
         slow.lerp_(p, tau)
 
 
-def descend(optimizer, loss):
-    """One step of the optimizer's own parameters (the actor's loss passes through the critic)."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    optimizer.zero_grad()
-    loss.backward(inputs=parameters)
-    optimizer.step()
-
-
 def use_onednn():
-    """oneDNN's products, not MKL's: 1.4 times the updates/s on an AMD with AVX-512 (bench/). The
-    setting is called "bf16", but without AMX the products stay float32."""
+    """Matrix products of oneDNN, not MKL: 1.4 times the updates/s on an AMD with AVX-512 (bench/).
+    The setting is called "bf16", but without AMX products stay float32 (a test compares)."""
     if torch.cpu._is_avx512_supported() and not torch.cpu._is_amx_tile_supported():
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"
 

@@ -53,8 +53,8 @@ TINY_CLIP = Path(__file__).resolve().parent / "tiny_clip"  # a lesson, no eviden
 
 # --- the reward (section 3)
 def goal_baseline_reward(s, g, b, alpha):
-    """Eq. 3 for unit vectors s (N, D), g (D,), b (D,) and alpha from 0 to 1 -> rewards (N,).
-    proj_L(s) - g is the part of e = s - g along g - b; of the rest, alpha leaves 1 - alpha."""
+    """Eq. 3 for unit vectors s (N, D), g (D,), b (D,), alpha from 0 to 1 -> (N,). g is on L: of e,
+    proj_L(s) - g is the part along u; of the rest, at right angles to it, 1 - alpha is left."""
     u = normalize(g - b, dim=0)  # (D,)
     e = s - g  # (N, D)
     along = e @ u  # (N,)
@@ -64,7 +64,6 @@ def goal_baseline_reward(s, g, b, alpha):
 
 class CLIPReward(nn.Module):
     """reward(frames): pictures uint8 (N, H, W, 3), 0 to 255 -> float32 (N,); others: UsageError.
-
     prompts, baselines: one or several, whose unit vectors are averaged. clip: open_clip's name/tag,
     or a folder with config and weights. Draw at `image_size`: other sizes are resized, and what is
     not square is squashed, since a crop could cut off the goal."""
@@ -99,7 +98,7 @@ class CLIPReward(nn.Module):
         self.register_buffer("mean_std", mean_std.to(device))  # (2, 3)
 
     def train(self, mode=True):
-        """Always eval mode: in training mode batch normalisation is another reward."""
+        """Always eval mode: training mode's batch normalisation would change the reward."""
         return super().train(False)
 
     def preprocess(self, frames):
@@ -134,7 +133,7 @@ def split_reward(reward, devices):
 
     def label(frames):
         parts = zip(copies, torch.as_tensor(frames).chunk(len(copies)), strict=False)
-        return torch.cat([one(part).to(devices[0]) for one, part in parts])  # no GPU waits
+        return torch.cat([one(part).to(devices[0]) for one, part in parts])  # all GPUs at work
 
     label.image_size = reward.image_size
     return label
@@ -149,12 +148,12 @@ def load_clip(clip, dtype=torch.float32):
     elif clip not in names and tag != "random":
         near = difflib.get_close_matches(clip, names, 5, 0.0)
         raise UsageError(
-            f"--clip {clip}: no folder and no pretrained model; near: {', '.join(near)}; without a "
-            "GPU copy the folder tiny_clip of vlmrm's repository to where vlmrm.py is"
+            f"--clip {clip}: no folder and no pretrained model; near: {', '.join(near)}; no GPU? "
+            "Copy the folder tiny_clip of vlmrm's repository to where vlmrm.py is"
         )
     before = torch.get_default_dtype(), logging.root.manager.disable
     torch.set_default_dtype(dtype)  # float32 takes 10 GB on the host for ViT-bigG-14
-    logging.disable(logging.ERROR)  # its exception says it, too
+    logging.disable(logging.ERROR)  # errors are raised as well
     try:
         quick, trained = open_clip.get_pretrained_cfg(name, tag).get("quick_gelu"), tag != "random"
         with torch.random.fork_rng(devices=[]):
@@ -209,16 +208,15 @@ def drawing(env):
     return env
 
 
-VIEWERS = set()  # kept for good: when one goes, MuJoCo frees its textures in any other's context
+RENDERERS = set()  # kept for good: freeing one frees textures of whatever context is current then
 
 
 def draw(env):
-    """What a Gymnasium environment shows now, uint8 (H, W, 3), drawn in its own OpenGL context:
-    Gymnasium draws in the one that was used last, which may be another environment's."""
-    viewer = getattr(getattr(env.unwrapped, "mujoco_renderer", None), "viewer", None)
-    if viewer:
-        VIEWERS.add(viewer)
-        viewer.make_context_current()
+    """What env shows now, uint8 (H, W, 3), in its own OpenGL context: Gymnasium takes the last."""
+    renderer = getattr(env.unwrapped, "mujoco_renderer", None)
+    RENDERERS.add(renderer)
+    if renderer and renderer.viewer:
+        renderer.viewer.make_context_current()
     return env.render()
 
 
@@ -233,7 +231,6 @@ def draw_all(envs):
 
 
 # --- the world and its pictures
-
 HUMANOID = {  # the 45 numbers that remain are the state, but for where it stands
     f"include_{part}_in_observation": False
     for part in ("cinert", "cvel", "qfrc_actuator", "cfrc_ext")
@@ -263,7 +260,7 @@ def dress(model, looks, size):
     quality = model.vis.quality
     quality.offsamples, quality.shadowsize = 0, 4 * size
     quality.numslices, quality.numstacks = 10, 6
-    model.geom_size[:, 2] = 10  # the spacing of the floor's grid; no other geom has a third size
+    model.geom_size[:, 2] = 10  # the floor's grid; capsules and balls have no third size
     if looks == "paper":  # appendix C.2: white metal, tiles, a sky, no reflections
         model.geom_rgba[model.geom_matid >= 0] = 1
         model.mat_reflectance[:] = 0
@@ -298,7 +295,9 @@ class World(gym.vector.VectorWrapper):
         super().__init__(sac.make_envs(cfg.env_id, num_envs, **args))
         self.cfg, self.sims = cfg, [env.unwrapped for env in self.unwrapped.envs]
         self.camera = CAMERAS.get(f"{cfg.env_id} {cfg.looks}")
-        self.one_viewer = type(self.sims[0]).render is MujocoEnv.render  # no render() of its own
+        self.one_viewer = (
+            type(self.sims[0]).render is MujocoEnv.render
+        )  # else tasks draw themselves
         for sim in self.sims if self.one_viewer else ():
             renderer, buffer = sim.mujoco_renderer, sim.model.vis.global_
             renderer.width = renderer.height = buffer.offwidth = buffer.offheight = image_size
@@ -313,7 +312,7 @@ class World(gym.vector.VectorWrapper):
         first, frames = self.sims[0], []
         viewer = first.mujoco_renderer.viewer or open_viewer(first)
         for sim in self.sims:
-            viewer.model, viewer.data = sim.model, sim.data
+            viewer.model, viewer.data = sim.model, sim.data  # the first's viewer draws them all
             if self.camera is PLAIN:
                 viewer.cam.lookat[:2] = sim.data.body("torso").xpos[:2]
             frames.append(draw(first))
@@ -347,18 +346,20 @@ class Config:
     alpha: float = setting(0.0, "of Eq. 3, 0 to 1")
     clip: str = setting("ViT-bigG-14/laion2b_s39b_b160k", "open_clip architecture/tag, or a folder")
     env_id: str = setting("Humanoid-v5", "any Gymnasium task that draws itself")
-    looks: str = setting("paper", "paper, plain, original (Gymnasium's); of humanoid and cart-pole")
+    looks: str = setting("paper", "paper, plain or original (Gymnasium's), of the humanoid")
     seed: int = setting(0, "of all randomness")
     steps: int = setting(10_000_000, "transitions, in whole iterations")
     num_envs: int = setting(32, "simulations; an iteration is one episode of each")
     episode_length: int = setting(100, "environment steps")
-    test_every: int = setting(20, "iterations; then the policy is tested, and all is saved")
+    test_every: int = setting(20, "iterations from test to test; then all is saved, too")
     updates: int = setting(800, "per iteration; many, since pictures cost (paper: 100)")
     batch_size: int = setting(256, "transitions per update (paper: 512)")
     learning_starts: int = setting(6400, "transitions before updates (paper: 50,000)")
     replay: int = setting(1_000_000, "transitions kept")
     gamma: float = setting(0.97, "discount per step (paper: 0.95)")
-    window: float = setting(0.5, "share of updates whose actors the policy averages (paper: 0)")
+    window: float = setting(
+        0.5, "of the tested policy: its memory, as a share of all updates (paper: 0)"
+    )
     lr: float = setting(3e-4, "of the actor (paper: 6e-4)")
     critic_lr: float = setting(1e-3, "of the critic (paper: 6e-4)")
     temperature_lr: float = setting(1.7e-4, "of the temperature (paper: 6e-4)")
@@ -381,9 +382,10 @@ class Config:
 LESSON = dict(looks="plain", steps=64_000, test_every=4)
 CARTPOLE = dict(baseline="pole and cart", steps=32_000, num_envs=16, episode_length=200, gamma=0.99)
 CARTPOLE |= dict(test_every=2)
-APPENDIX = dict(updates=100, batch_size=512, learning_starts=50_000, gamma=0.95, window=0.0)
-APPENDIX |= dict(lr=6e-4, critic_lr=6e-4, temperature_lr=6e-4, temperature=1.0)
-APPENDIX |= dict(layer_norm=0, reward_std=0.0)
+PAPER = dict(
+    updates=100, batch_size=512, learning_starts=50_000, gamma=0.95, window=0, reward_std=0
+)
+PAPER |= dict(lr=6e-4, critic_lr=6e-4, temperature_lr=6e-4, temperature=1.0, layer_norm=0)
 
 
 def rollout(world, policy, seed, label):
@@ -394,7 +396,7 @@ def rollout(world, policy, seed, label):
     for _ in range(world.cfg.episode_length):
         action = policy(obs).reshape(space.shape) if policy else space.sample()
         next_obs = world.step(action)[0]
-        reward = label(world.render())  # (N,), at once: a GPU encodes while the CPU simulates
+        reward = label(world.render())  # (N,); a GPU encodes while the CPU simulates on
         steps.append((obs, action, reward, next_obs))
         obs = next_obs
     columns = list(zip(*steps, strict=True))
@@ -404,7 +406,8 @@ def rollout(world, policy, seed, label):
 
 def train(cfg, folder, label, world, agent, replay):
     """Algorithm 1, from last.pt on if there is one. At the end `agent.policy` is the best one."""
-    run = resume(cfg, folder, agent, replay)
+    run, starts = resume(cfg, folder, agent, replay), min(cfg.learning_starts, cfg.steps // 2)
+    save(folder / "config.json", json.dumps(asdict(cfg), indent=2))
     actor = copy.deepcopy(agent.actor).cpu()  # on a GPU an action would wait for the pictures
     metrics = [math.nan] * 5
     bar = tqdm(total=cfg.steps, initial=run.step, unit="step")
@@ -413,7 +416,7 @@ def train(cfg, folder, label, world, agent, replay):
         torch.manual_seed(seed)  # so --resume repeats an iteration to the bit
         # Roll the actor out, with a picture of every state reached, and label these with CLIP.
         actor.load_state_dict(agent.actor.state_dict())
-        act = actor.act if run.step >= cfg.learning_starts else None
+        act = actor.act if run.step >= starts else None
         obs, action, reward, next_obs = rollout(world, act, seed, label)
         if run.step == 0 and cfg.reward_std > 0:
             agent.fit_scales(obs, reward, cfg.reward_std)
@@ -422,31 +425,30 @@ def train(cfg, folder, label, world, agent, replay):
         replay.add(obs, action, reward, next_obs, terminated=np.zeros(reward.shape))
         run.step += reward.size
         # Update actor, critic and temperature on minibatches.
-        for _ in range(cfg.updates if run.step >= cfg.learning_starts else 0):
+        for _ in range(cfg.updates if run.step >= starts else 0):
             metrics = agent.update(replay.sample(cfg.batch_size)).values()
         # Now and then test the averaged actor, keep the best, and save all.
         tested = (len(run.rows) + 1) % cfg.test_every == 0 or run.step >= cfg.steps
         test = mean_return(world, agent.policy, seed, label) if tested else math.nan
-        row = [float(x) for x in (run.step, reward.sum(0).mean(), test, *metrics)]
-        run.rows.append(row)
+        run.rows.append([float(x) for x in (run.step, reward.sum(0).mean(), test, *metrics)])
         if test > run.best:
             run.best, run.policy = test, copy.deepcopy(agent.policy.state_dict())
         if tested:
             checkpoint(cfg, folder, run, agent, replay)
             bar.set_description(f"test {test:.2f}")
-        bar.set_postfix_str(f"return {row[1]:.2f}")
+        bar.set_postfix_str(f"return {run.rows[-1][1]:.2f}")
         bar.update(reward.size)
     agent.policy.load_state_dict(run.policy)
 
 
 def mean_return(world, policy, seed, label):
-    """Of an episode of each simulation without exploration: the sum of its rewards."""
+    """The mean over an episode of each simulation, without exploration, of the sum of rewards."""
     act = partial(policy.act, deterministic=True)
     return float(rollout(world, act, seed, label)[2].sum(0).mean())
 
 
 def checkpoint(cfg, folder, run, agent, replay):
-    """last.pt, which is all that is needed to go on, best.pt and progress.csv."""
+    """last.pt, which with config.json is all that is needed to go on, best.pt, progress.csv."""
     rows = [x.cpu() for x in replay.rows(torch.arange(replay.size))]
     state = {"config": asdict(cfg), "run": vars(run), "agent": agent.state_dict(), "replay": rows}
     save(folder / "last.pt", state)
@@ -456,7 +458,7 @@ def checkpoint(cfg, folder, run, agent, replay):
 
 
 def resume(cfg, folder, agent, replay):
-    """The state of the run: that of last.pt (of which torch executes nothing), or a new one."""
+    """The state of the run: that of last.pt, loaded without executing anything, or a new one."""
     path = folder / "last.pt"
     run = argparse.Namespace(step=0, best=-math.inf, policy={}, rows=[])
     if not path.exists():
@@ -468,7 +470,7 @@ def resume(cfg, folder, agent, replay):
         changed = dict(asdict(cfg).items() - saved["config"].items())
         run = argparse.Namespace(**saved["run"])
     except Exception as error:  # torch raises many kinds
-        raise UsageError(f"{path} is damaged or another run's ({error})") from error
+        raise UsageError(f"{path} is damaged or another run's ({str(error)[:200]})") from error
     if changed:
         print(f"changed after {run.step} transitions: {changed}")
     return run
@@ -510,13 +512,12 @@ def build(cfg):
     if "tiny_clip" in cfg.clip:
         torch.set_num_threads(1)  # a second one gains little, and loses much beside another program
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
-    # Another reward model goes here: a call with pictures, and the size at which to draw them.
+    # Another reward model goes here: pictures -> tensor (N,), and `image_size`, at which to draw.
     label = CLIPReward(cfg.prompt, cfg.baseline, cfg.alpha, cfg.clip, devices[0])
+    label = split_reward(label, devices)
     world = World(cfg, cfg.num_envs, label.image_size)
     world.reset()
-    label(world.render())  # what is missing shows now
-    if len(devices) > 1:
-        label = split_reward(label, devices)
+    label(world.render())  # fails here if OpenGL or pictures are missing
     n = cfg.num_envs * cfg.episode_length
     print(
         f"{cfg.clip}{' (a lesson)' if 'tiny_clip' in cfg.clip else ''} on {' '.join(devices)}, "
@@ -539,7 +540,7 @@ def configure(paper=False, **asked):
     if settings.get("env_id") == "InvertedPendulum-v5":
         settings |= CARTPOLE
     if paper:
-        settings |= APPENDIX
+        settings |= PAPER
     return Config(**settings | asked)
 
 
@@ -581,13 +582,13 @@ def parse(argv):
 def main(argv=None):
     """Train."""
     asked = parse(argv)
-    out, folder = asked.pop("out", None), asked.pop("resume", None)
+    folder = asked.pop("resume", None)
+    out = None if folder else asked.pop("out", None)
     cfg = read_config(Path(folder), **asked) if folder else configure(**asked)
     began = time.monotonic()
     try:
         label, world, agent, replay = build(cfg)
         folder = Path(folder) if folder else new_folder(cfg, out)
-        save(folder / "config.json", json.dumps(asdict(cfg), indent=2))
         print(f"{folder}; when stopped, go on with: python vlmrm.py --resume {folder}")
         train(cfg, folder, label, world, agent, replay)
         finish(cfg, folder, label, agent.policy, began)

@@ -41,7 +41,7 @@ def test_speed_measures_ways_in_turns(capsys, monkeypatch):
     small = {"num_envs": 2, "episode_length": 2, "updates": 3, "batch_size": 4, "replay": 10}
     cfg = speed.vlmrm.configure(prompt="kneeling", clip="tiny_clip", **small)
     parts = speed.vlmrm.build(cfg)
-    speed.picture_model(parts[0], 2)
+    speed.picture_model(speed.vlmrm.CLIPReward("kneeling"), 2)
     speed.iteration(cfg, *parts)
     speed.busy_machine(cfg, *parts, n=1)
     out = capsys.readouterr().out

@@ -9,8 +9,7 @@ run's: evaluate.py says what tiny_clip would have paid for these policies.
 """
 
 import argparse
-import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import criteria
 import shared
@@ -58,8 +57,6 @@ def main(argv=None):
     world, tests = Sight(cfg, cfg.num_envs), Sight(cfg, 100)
     label = teacher(task, reward, shared.model_of(world))
     folder = vlmrm.new_folder(replace(cfg, prompt=f"sight {task}"), out)
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(asdict(cfg), indent=2) + "\n")
     vlmrm.train(cfg, folder, label, world, *shared.learner(cfg, world))
     print(f"see {folder}")
     for name, policy in shared.policies(folder, world).items():
