@@ -295,15 +295,14 @@ class World(gym.vector.VectorWrapper):
         super().__init__(sac.make_envs(cfg.env_id, num_envs, **args))
         self.cfg, self.sims = cfg, [env.unwrapped for env in self.unwrapped.envs]
         self.camera = CAMERAS.get(f"{cfg.env_id} {cfg.looks}")
-        self.one_viewer = (
-            type(self.sims[0]).render is MujocoEnv.render
-        )  # else tasks draw themselves
-        for sim in self.sims if self.one_viewer else ():
+        self.one_viewer = False  # each simulation has its own, or draws itself in another way
+        for sim in self.sims if type(self.sims[0]).render is MujocoEnv.render else ():
             renderer, buffer = sim.mujoco_renderer, sim.model.vis.global_
             renderer.width = renderer.height = buffer.offwidth = buffer.offheight = image_size
             if self.camera:
                 renderer.default_cam_config = self.camera
                 dress(sim.model, cfg.looks, image_size)
+            self.one_viewer = "lookat" in (renderer.default_cam_config or ())  # the same for all
 
     def render(self):
         """Pictures of all simulations as they are now, uint8 (N, H, W, 3)."""
@@ -357,9 +356,7 @@ class Config:
     learning_starts: int = setting(6400, "transitions before updates (paper: 50,000)")
     replay: int = setting(1_000_000, "transitions kept")
     gamma: float = setting(0.97, "discount per step (paper: 0.95)")
-    window: float = setting(
-        0.5, "of the tested policy: its memory, as a share of all updates (paper: 0)"
-    )
+    window: float = setting(0.5, "the tested policy's memory, share of all updates (paper: 0)")
     lr: float = setting(3e-4, "of the actor (paper: 6e-4)")
     critic_lr: float = setting(1e-3, "of the critic (paper: 6e-4)")
     temperature_lr: float = setting(1.7e-4, "of the temperature (paper: 6e-4)")
@@ -380,7 +377,7 @@ class Config:
 
 
 LESSON = dict(looks="plain", steps=64_000, test_every=4)
-CARTPOLE = dict(baseline="pole and cart", steps=32_000, num_envs=16, episode_length=200, gamma=0.99)
+CARTPOLE = dict(baseline="pole and cart", steps=64_000, num_envs=16, episode_length=200)
 CARTPOLE |= dict(test_every=2)
 PAPER = dict(
     updates=100, batch_size=512, learning_starts=50_000, gamma=0.95, window=0, reward_std=0
@@ -422,7 +419,7 @@ def train(cfg, folder, label, world, agent, replay):
             agent.fit_scales(obs, reward, cfg.reward_std)
         # Move the labelled transitions to the replay buffer. A time limit is no true end.
         obs, next_obs = map(agent.actor.standardise, (obs, next_obs))
-        replay.add(obs, action, reward, next_obs, terminated=np.zeros(reward.shape))
+        replay.add(obs, action, reward, next_obs, terminated=0 * reward)
         run.step += reward.size
         # Update actor, critic and temperature on minibatches.
         for _ in range(cfg.updates if run.step >= starts else 0):
@@ -435,8 +432,7 @@ def train(cfg, folder, label, world, agent, replay):
             run.best, run.policy = test, copy.deepcopy(agent.policy.state_dict())
         if tested:
             checkpoint(cfg, folder, run, agent, replay)
-            bar.set_description(f"test {test:.2f}")
-        bar.set_postfix_str(f"return {run.rows[-1][1]:.2f}")
+        bar.set_postfix_str(f"return {run.rows[-1][1]:.2f}, best test {run.best:.2f}")
         bar.update(reward.size)
     agent.policy.load_state_dict(run.policy)
 
@@ -484,7 +480,8 @@ def save(path, content):
         new.write_text(content) if isinstance(content, str) else torch.save(content, new)
         new.replace(path)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch's, of the disk
-        new.unlink(missing_ok=True)
+        if new.exists():
+            new.unlink()
         raise UsageError(f"{path} cannot be written; is the disk full? ({error})") from error
 
 
@@ -516,7 +513,7 @@ def build(cfg):
     label = CLIPReward(cfg.prompt, cfg.baseline, cfg.alpha, cfg.clip, devices[0])
     label = split_reward(label, devices)
     world = World(cfg, cfg.num_envs, label.image_size)
-    world.reset()
+    world.reset(seed=cfg.seed)
     label(world.render())  # fails here if OpenGL or pictures are missing
     n = cfg.num_envs * cfg.episode_length
     print(
