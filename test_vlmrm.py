@@ -234,13 +234,13 @@ def test_rewards_are_the_same_alone_and_while_others_draw_in_the_process(n):
     alone = wrap(2, mode="async", vector_kwargs={"context": "forkserver"})  # in their own processes
     expected = push(alone)[:, : max(1, n)]
     alone.close(terminate=True)
-    world, others = World(configure(), 1, 32), [make(env_id="Hopper-v5")]
+    world, others = World(configure(), 1, 32), [make(env_id="Hopper-v5") for _ in range(4)]
     for env in (world, *others):
         env.reset()
         env.render()
 
     def disturb():
-        others[0].render()
+        others.pop()  # collected while another's context is current
         world.render()
 
     rewards = push(wrap(n), disturb)
@@ -296,6 +296,8 @@ def test_world_equals_gymnasium_bit_for_bit_and_so_do_undressed_pictures(name):
     for i in range(2):
         theirs = make(env_id=env_id, width=48, height=48, **asked)
         theirs = gym.wrappers.RescaleAction(theirs, np.float32(-1), np.float32(1))
+        theirs.reset(seed=0)
+        theirs.render()  # its camera looks at the middle of the first state that it draws, for good
         expected, pictures = [theirs.reset(seed=7 + i)[0]], [theirs.render()]
         expected += [theirs.step(action[i])[0] for action in actions]
         pictures.append(theirs.render())

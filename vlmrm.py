@@ -146,10 +146,9 @@ def load_clip(clip, dtype=torch.float32):
     if Path(clip).is_dir():
         name, tag = f"local-dir:{clip}", None
     elif clip not in names and tag != "random":
-        near = difflib.get_close_matches(clip, names, 5, 0.0)
         raise UsageError(
-            f"--clip {clip}: no folder and no pretrained model; near: {', '.join(near)}; no GPU? "
-            "Copy the folder tiny_clip of vlmrm's repository to where vlmrm.py is"
+            f"--clip {clip}: no folder, no pretrained model; no GPU? copy tiny_clip from vlmrm's "
+            f"repository; near: {', '.join(difflib.get_close_matches(clip, names, 5, 0.0))}"
         )
     before = torch.get_default_dtype(), logging.root.manager.disable
     torch.set_default_dtype(dtype)  # float32 takes 10 GB on the host for ViT-bigG-14
@@ -173,13 +172,14 @@ def load_clip(clip, dtype=torch.float32):
 def warn_of_unread(clip, tokenizer, texts):
     """Name words past the model's context, and words not among those that its folder lists."""
     path = Path(clip, "open_clip_config.json")
-    known = json.loads(path.read_text()).get("words") if path.is_file() else None
+    known = path.read_text() if path.is_file() else ""  # its "words" are those that it learned
     for text in texts:
         words = read = text.split()
         while len(read) > 1 and tokenizer(text).equal(tokenizer(" ".join(read[:-1]))):
             read = read[:-1]  # without its last word the text reads the same
         unread = words[len(read) :]
-        unread += [x for x in read if known and x.strip(",.").lower() not in known]
+        if '"words"' in known:
+            unread += [x for x in read if f'"{x.strip(",.").lower()}"' not in known]
         if unread:
             text = f"{clip} does not read {' '.join(unread)}: too long, or words never learned"
             print(f"warning: {text}", file=sys.stderr)
@@ -208,15 +208,16 @@ def drawing(env):
     return env
 
 
-RENDERERS = set()  # kept for good: freeing one frees textures of whatever context is current then
+KEPT = []  # all viewers: MuJoCo frees one's textures in whatever context is current, also ours
 
 
 def draw(env):
-    """What env shows now, uint8 (H, W, 3), in its own OpenGL context: Gymnasium takes the last."""
-    renderer = getattr(env.unwrapped, "mujoco_renderer", None)
-    RENDERERS.add(renderer)
-    if renderer and renderer.viewer:
-        renderer.viewer.make_context_current()
+    """What env shows now, uint8 (H, W, 3), in its own OpenGL context: Gymnasium draws in whichever
+    is current, which may be another environment's."""
+    viewer = getattr(getattr(env.unwrapped, "mujoco_renderer", None), "viewer", None)
+    if viewer:
+        type(viewer).__del__ = lambda viewer: KEPT.append(viewer)
+        viewer.make_context_current()
     return env.render()
 
 
@@ -295,14 +296,15 @@ class World(gym.vector.VectorWrapper):
         super().__init__(sac.make_envs(cfg.env_id, num_envs, **args))
         self.cfg, self.sims = cfg, [env.unwrapped for env in self.unwrapped.envs]
         self.camera = CAMERAS.get(f"{cfg.env_id} {cfg.looks}")
-        self.one_viewer = False  # each simulation has its own, or draws itself in another way
-        for sim in self.sims if type(self.sims[0]).render is MujocoEnv.render else ():
+        self.one_viewer = type(self.sims[0]).render is MujocoEnv.render  # else they draw themselves
+        self.reset(seed=0)
+        for sim in self.sims if self.one_viewer else ():
             renderer, buffer = sim.mujoco_renderer, sim.model.vis.global_
             renderer.width = renderer.height = buffer.offwidth = buffer.offheight = image_size
+            free = {"lookat": np.median(sim.data.geom_xpos, 0)}  # Gymnasium's, with seed 0 for all
+            renderer.default_cam_config = free | (self.camera or renderer.default_cam_config or {})
             if self.camera:
-                renderer.default_cam_config = self.camera
                 dress(sim.model, cfg.looks, image_size)
-            self.one_viewer = "lookat" in (renderer.default_cam_config or ())  # the same for all
 
     def render(self):
         """Pictures of all simulations as they are now, uint8 (N, H, W, 3)."""
@@ -366,6 +368,7 @@ class Config:
     reward_std: float = setting(0.3, "of scaled rewards (paper: 0, they and obs as they are)")
 
     def __post_init__(self):
+        self.learning_starts = min(self.learning_starts, self.steps // 2)
         if self.alpha > 0 and self.baseline == Config.baseline and self.env_id != Config.env_id:
             raise UsageError(f"--alpha needs a --baseline: what a picture of {self.env_id} shows")
         if self.looks not in ("paper", "plain", "original"):
@@ -403,7 +406,7 @@ def rollout(world, policy, seed, label):
 
 def train(cfg, folder, label, world, agent, replay):
     """Algorithm 1, from last.pt on if there is one. At the end `agent.policy` is the best one."""
-    run, starts = resume(cfg, folder, agent, replay), min(cfg.learning_starts, cfg.steps // 2)
+    run = resume(cfg, folder, agent, replay)
     save(folder / "config.json", json.dumps(asdict(cfg), indent=2))
     actor = copy.deepcopy(agent.actor).cpu()  # on a GPU an action would wait for the pictures
     metrics = [math.nan] * 5
@@ -413,7 +416,7 @@ def train(cfg, folder, label, world, agent, replay):
         torch.manual_seed(seed)  # so --resume repeats an iteration to the bit
         # Roll the actor out, with a picture of every state reached, and label these with CLIP.
         actor.load_state_dict(agent.actor.state_dict())
-        act = actor.act if run.step >= starts else None
+        act = actor.act if run.step >= cfg.learning_starts else None
         obs, action, reward, next_obs = rollout(world, act, seed, label)
         if run.step == 0 and cfg.reward_std > 0:
             agent.fit_scales(obs, reward, cfg.reward_std)
@@ -422,7 +425,7 @@ def train(cfg, folder, label, world, agent, replay):
         replay.add(obs, action, reward, next_obs, terminated=0 * reward)
         run.step += reward.size
         # Update actor, critic and temperature on minibatches.
-        for _ in range(cfg.updates if run.step >= starts else 0):
+        for _ in range(cfg.updates if run.step >= cfg.learning_starts else 0):
             metrics = agent.update(replay.sample(cfg.batch_size)).values()
         # Now and then test the averaged actor, keep the best, and save all.
         tested = (len(run.rows) + 1) % cfg.test_every == 0 or run.step >= cfg.steps
@@ -447,10 +450,10 @@ def checkpoint(cfg, folder, run, agent, replay):
     """last.pt, which with config.json is all that is needed to go on, best.pt, progress.csv."""
     rows = [x.cpu() for x in replay.rows(torch.arange(replay.size))]
     state = {"config": asdict(cfg), "run": vars(run), "agent": agent.state_dict(), "replay": rows}
-    save(folder / "last.pt", state)
     save(folder / "best.pt", run.policy)
     names = "step,return,test,q,loss_q,loss_pi,entropy,temperature"
     np.savetxt(folder / "progress.csv", run.rows, "%.10g", ",", header=names, comments="")
+    save(folder / "last.pt", state)
 
 
 def resume(cfg, folder, agent, replay):
@@ -513,7 +516,6 @@ def build(cfg):
     label = CLIPReward(cfg.prompt, cfg.baseline, cfg.alpha, cfg.clip, devices[0])
     label = split_reward(label, devices)
     world = World(cfg, cfg.num_envs, label.image_size)
-    world.reset(seed=cfg.seed)
     label(world.render())  # fails here if OpenGL or pictures are missing
     n = cfg.num_envs * cfg.episode_length
     print(
