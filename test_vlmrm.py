@@ -168,7 +168,7 @@ def test_words_that_the_model_does_not_read_are_named_in_one_line(capsys):
 
 def test_copied_alone_it_says_where_tiny_clip_is_to_be_had(tmp_path):
     alone = runpy.run_path(shutil.copy(HERE / "vlmrm.py", tmp_path))
-    with pytest.raises(UsageError, match="tiny_clip of vlmrm's repository"):
+    with pytest.raises(UsageError, match="tiny_clip from vlmrm's repository"):
         alone["main"](["--prompt", KNEELING])
 
 
