@@ -173,7 +173,7 @@ class SAC(nn.Module):
         """Scale obs (..., obs_dim) to mean 0 and deviation 1 (what never varies keeps its unit),
         rewards to 0 and `reward_std`. Not for tasks that end: a shift changes whether it pays."""
         obs = torch.as_tensor(obs).double().flatten(0, -2)  # (n, obs_dim)
-        std = obs.std(0).where(obs.amax(0) > obs.amin(0), 1)
+        std = obs.std(0).where(obs.amax(0) - obs.amin(0) > 1e-8, 1)  # else it never varied
         for actor in (self.actor, self.policy):
             actor.obs_mean.copy_(obs.mean(0))
             actor.obs_std.copy_(std)

@@ -156,7 +156,7 @@ def load_clip(clip, dtype=torch.float32):
     try:
         quick, trained = open_clip.get_pretrained_cfg(name, tag).get("quick_gelu"), tag != "random"
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # "random" is the same network each time
+            torch.default_generator.manual_seed(0)  # "random": the same network each time
             model = open_clip.create_model(
                 name, tag if trained else None, force_quick_gelu=quick, require_pretrained=trained
             )
