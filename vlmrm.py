@@ -132,7 +132,7 @@ def split_reward(reward, devices):
     copies = [reward, *(copy.deepcopy(reward).to(device) for device in devices[1:])]
 
     def label(frames):
-        parts = zip(copies, torch.as_tensor(frames).chunk(len(copies)), strict=False)
+        parts = zip(copies, np.array_split(frames, len(copies)), strict=True)
         return torch.cat([one(part).to(devices[0]) for one, part in parts])  # all GPUs at work
 
     label.image_size = reward.image_size
