@@ -1,7 +1,7 @@
 """How fast it is: ratios measured side by side in one run, so that they mean something anywhere.
 
     pip install --no-deps stable-baselines3 && pip install cloudpickle       # only for its rows
-    python bench/speed.py                                    # about 6 minutes on 2 slow cores
+    python bench/speed.py                                    # about 4 minutes on 2 cores
 
 Ways of doing the same thing take turns; rates are medians over the rounds. It prints the table of
 bench/README.md. On CUDA the picture model is ViT-bigG-14 in half precision with random weights
