@@ -94,8 +94,8 @@ class CLIPReward(nn.Module):
         self.transform = open_clip.transform.image_transform_v2(config, is_train=False)
         self.size = tuple(np.broadcast_to(config.size, 2).tolist())  # height, width
         self.image_size = max(self.size)  # pixels
-        mean_std = torch.tensor([config.mean, config.std], dtype=torch.float32)
-        self.register_buffer("mean_std", mean_std.to(device))  # (2, 3)
+        mean_std = torch.tensor([config.mean, config.std], dtype=torch.float32, device=device)
+        self.register_buffer("mean_std", mean_std)  # (2, 3)
 
     def train(self, mode=True):
         """Always eval mode: training mode's batch normalisation would change the reward."""
@@ -208,7 +208,12 @@ def drawing(env):
     return env
 
 
-KEPT = []  # all viewers: MuJoCo frees one's textures in whatever context is current, also ours
+KEPT = []  # all viewers, also others'
+
+
+def keep(viewer):
+    """Instead of an end: MuJoCo would free its textures in whatever context is current."""
+    KEPT.append(viewer)
 
 
 def draw(env):
@@ -216,7 +221,7 @@ def draw(env):
     is current, which may be another environment's."""
     viewer = getattr(getattr(env.unwrapped, "mujoco_renderer", None), "viewer", None)
     if viewer:
-        type(viewer).__del__ = lambda viewer: KEPT.append(viewer)
+        type(viewer).__del__ = keep
         viewer.make_context_current()
     return env.render()
 
@@ -381,11 +386,9 @@ class Config:
 
 LESSON = dict(looks="plain", steps=64_000, test_every=4)
 CARTPOLE = dict(baseline="pole and cart", steps=64_000, num_envs=16, episode_length=200)
-CARTPOLE |= dict(test_every=2)
-PAPER = dict(
-    updates=100, batch_size=512, learning_starts=50_000, gamma=0.95, window=0, reward_std=0
-)
-PAPER |= dict(lr=6e-4, critic_lr=6e-4, temperature_lr=6e-4, temperature=1.0, layer_norm=0)
+CARTPOLE["test_every"] = 2
+PAPER = dict(updates=100, batch_size=512, learning_starts=50_000, gamma=0.95, layer_norm=0)
+PAPER |= dict(lr=6e-4, critic_lr=6e-4, temperature_lr=6e-4, temperature=1, window=0, reward_std=0)
 
 
 def rollout(world, policy, seed, label):
@@ -560,9 +563,7 @@ def read_config(folder, **asked):
     try:
         return Config(**json.loads((folder / "config.json").read_text()) | asked)
     except (OSError, ValueError, TypeError) as error:
-        raise UsageError(
-            f"{folder} is not a run's folder, or flags do not fit ({error})"
-        ) from error
+        raise UsageError(f"{folder} is not a run's folder, or a flag is wrong ({error})") from error
 
 
 def parse(argv):
