@@ -541,6 +541,7 @@ def test_settings_are_presets_that_explicit_flags_win_over(
     monkeypatch.setenv("COLUMNS", "200")
     cfg = vlmrm.configure(**vlmrm.parse(line.split()))
     assert cfg == vlmrm.Config(env_id=cfg.env_id, **expected)
+    assert cfg.learning_starts <= cfg.steps / 2  # else it would never learn, in silence
     # Of several tests the best policy is kept.
     assert cfg.steps / cfg.num_envs / cfg.episode_length / cfg.test_every >= 5
     with pytest.raises(SystemExit, match="0"):
