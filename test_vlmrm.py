@@ -147,7 +147,7 @@ def test_a_reward_can_be_pickled_and_split_among_devices():
 def test_wrong_pictures_are_refused_in_one_line(kind):
     dtype, *shape = kind.split()
     frames = np.zeros([int(n) for n in shape], dtype)
-    with pytest.raises(UsageError, match=r"^pictures must be uint8 \(N, H, W, 3\).* not " + dtype):
+    with pytest.raises(UsageError, match=r"^pictures are uint8 \(N, H, W, 3\).* not " + dtype):
         vlmrm.split_reward(UPRIGHT, ["cpu"])(frames)
 
 

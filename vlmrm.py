@@ -116,9 +116,7 @@ class CLIPReward(nn.Module):
         if not torch.is_tensor(frames):
             frames = np.ascontiguousarray(frames)  # torch refuses a flip's negative strides
         if frames.dtype not in (np.uint8, torch.uint8) or frames.shape[3:] != (3,):
-            raise UsageError(
-                f"pictures must be uint8 (N, H, W, 3), not {frames.dtype} {frames.shape}"
-            )
+            raise UsageError(f"pictures are uint8 (N, H, W, 3), not {frames.dtype} {frames.shape}")
         parts = map(self.preprocess, torch.as_tensor(frames).split(256))  # for memory's sake
         return normalize(torch.cat([self.visual(x) for x in parts]).float(), dim=-1)
 
@@ -241,18 +239,20 @@ HUMANOID = {  # the 45 numbers that remain are the state, but for where it stand
     f"include_{part}_in_observation": False
     for part in ("cinert", "cvel", "qfrc_actuator", "cfrc_ext")
 } | {"terminate_when_unhealthy": False}
-PLAIN = dict(distance=2.3, azimuth=125, elevation=-15, lookat=(0, 0, 0.65))  # and torso's x, y
+PLAIN = dict(distance=2.8, azimuth=125, elevation=-15, lookat=(0, 0, 0.75))  # and torso's x, y
 CAMERAS = {  # of the tasks and looks that are dressed; all else is as Gymnasium draws it
     "Humanoid-v5 plain": PLAIN,
     "Humanoid-v5 paper": dict(distance=3.5, azimuth=180, elevation=-10, lookat=(0, 0, 1)),
     "InvertedPendulum-v5 plain": dict(distance=2.2, azimuth=90, elevation=0, lookat=(0, 0, 0.2)),
 }
-COLOURS = {  # of "plain", by a part of the geom's name: what captions name
+COLOURS = {  # of "plain", by a part of the geom's name: what captions name; left from right
     "": "#264dcc",
     "thigh": "#d9261a",
     "shin": "#ff991a",
     "foot": "#803399",
+    "left_shin": "#fff24d",
     "arm": "#33b333",
+    "left_larm": "#33cccc",
     "hand": "#99e64d",
     "head": "#f2e6cc",
     "floor": "#bfbfbf",
@@ -275,7 +275,7 @@ def dress(model, looks, size):
         texels[: 6 * 100 * 100] += np.uint8([0, 30, 60])  # the sky, a cube: blue
     else:
         model.geom_matid[:], model.light_active[:] = -1, 0
-        model.vis.headlight.ambient, model.vis.headlight.diffuse = [0.45] * 3, [0.55] * 3
+        model.vis.headlight.ambient, model.vis.headlight.diffuse = 0.45, 0.55
         for i in range(model.ngeom):
             for part, colour in COLOURS.items():
                 if part in model.geom(i).name:

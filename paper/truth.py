@@ -1,17 +1,20 @@
-"""How true a caption is of a state: log-odds from -4 to 2.5 that fall smoothly with the distance
+"""How true a caption is of a state: log-odds from -5.5 to 1 that fall smoothly with the distance
 from the pose it names, as captioners agree less and less. tiny_clip learned them (make.py), and
-sight.py trains on them. The numbers are our choice."""
+sight.py trains on them. The numbers are our choice; 1 at the goal, where the sigmoid loss is
+steep, so that the last centimetres count in it."""
 
 import numpy as np
 from criteria import HUMANOID, POLE, TASKS, Humanoid, dot, height, judge
 
-TRUE, FALSE = 2.5, -4.0
+TRUE, FALSE = 1.0, -5.5
 CONCEPTS = {"cartpole": "upright", "mountaincar": "at the flag"}  # of other tasks: their name
 
 
 def above(x, limit, slope):
-    """0 where x <= limit, then falling by `slope` per unit: how far a state misses a condition."""
-    return -slope * np.maximum(0, x - limit)
+    """0 where x <= limit, then falling by `slope` per unit, and at first four times as fast: how
+    far a state misses a condition. The last centimetres decide, so they have the steepest slope."""
+    miss = slope * np.maximum(0, x - limit)
+    return -miss - 0.3 * (1 - np.exp(-10 * miss))
 
 
 def below(x, limit, slope):
@@ -28,7 +31,7 @@ def heights(robot):
 def seated(robot):
     """The pelvis low and the torso upright, (N,)."""
     up, _, _, pelvis = heights(robot)
-    return above(pelvis, 0.15, 3) + below(up, 0.85, 4)
+    return above(pelvis, 0.18, 10) + below(up, 0.85, 4)
 
 
 def knelt_on(robot):
@@ -46,25 +49,26 @@ def kneeling(robot):
 
 
 def lotus(robot):
-    """Seated, knees down and outwards, feet further inwards, (N,)."""
+    """Seated, knees down and outwards, feet in front and further inwards, (N,)."""
     knee = robot.pelvis.outwards(robot.shin.centre)
     foot = robot.pelvis.outwards(robot.foot)
-    legs = above(robot.knee, 0.08, 2) + below(knee, 0.25, 4) + above(foot - knee, -0.15, 4)
-    return seated(robot) + legs.sum(1)
+    ahead = dot(robot.foot - robot.pelvis.centre, robot.torso.front)
+    legs = above(robot.knee, 0.08, 6) + below(knee, 0.22, 4) + above(foot - knee, -0.13, 4)
+    return seated(robot) + legs.sum(1) + below(ahead.min(1), 0.1, 4)
 
 
 def splits(robot):
     """Seated, thighs apart, legs straight and on the floor, (N,)."""
     apart = dot(robot.thigh.up[:, 0], robot.thigh.up[:, 1])  # cosine
     bend = np.arccos(np.clip(dot(robot.thigh.up, robot.shin.up), -1, 1))  # rad
-    legs = above(robot.sole, 0.08, 3) + above(robot.knee, 0.08, 3) + above(bend, 0.5, 1)
-    return seated(robot) + above(apart, -0.25, 1.2) + 0.5 * legs.sum(1)
+    legs = above(robot.sole, 0.06, 3) + above(robot.knee, 0.06, 3) + above(bend, 0.4, 1)
+    return seated(robot) + above(apart, -0.35, 1.2) + 0.5 * legs.sum(1)
 
 
 def crossed(robot):
     """Hands before the chest, each on the other arm's side, (N,)."""
     from_chest = robot.hand - robot.torso.centre
-    across = above(robot.torso.outwards(robot.hand), -0.1, 4)
+    across = above(robot.torso.outwards(robot.hand), -0.12, 4)
     forwards = below(dot(from_chest, robot.torso.front), 0.14, 4)
     return (across + forwards + above(np.abs(height(from_chest)), 0.2, 4)).sum(1)
 
@@ -73,16 +77,16 @@ def humanoid(robot):
     """concept -> how far a criteria.Humanoid misses it, (N,), at most 0."""
     goal, (up, _, torso, pelvis) = judge(robot), heights(robot)
     standing = below(torso, 1.2, 6) + below(up, 0.9, 6)
-    arms_up = below(height(robot.hand).min(1) - torso, 0.15, 6)
+    arms_up = below(height(robot.hand).min(1) - torso, 0.3, 5)
     to_hips = np.linalg.norm(robot.hand - robot.pelvis.point(0, 0.2, 0.05), axis=-1)
     balanced = below(pelvis, 0.85, 6) + below(up, 0.85, 5)
-    one_foot = below(robot.sole.max(1), 0.14, 15) + above(robot.sole.min(1), 0.02, 8)
+    one_foot = below(robot.sole.max(1), 0.18, 12) + above(robot.sole.min(1), 0.02, 8)
     miss = {
         "kneeling": kneeling(robot),
         "lotus": lotus(robot),
         "arms-raised": standing + arms_up,
         "splits": splits(robot),
-        "hands-on-hips": standing + above(to_hips, 0.1, 4).sum(1),
+        "hands-on-hips": standing + above(to_hips, 0.08, 4).sum(1),
         "one-leg": balanced + one_foot,
         "arms-crossed": standing + crossed(robot),
     }
@@ -148,7 +152,8 @@ def log_odds(env_id, model, states):
         miss = humanoid(Humanoid(model, states))
     else:
         miss = cartpole(states) if env_id == POLE else mountaincar(states[:, 0])
-    return {concept: np.clip(TRUE + x, FALSE, TRUE) for concept, x in miss.items()}
+    scale = TRUE - FALSE  # far from the pose there is still a slope
+    return {concept: FALSE + scale * np.exp(x / scale) for concept, x in miss.items()}
 
 
 def graded(task, model, states):
