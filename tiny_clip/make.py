@@ -1,12 +1,12 @@
 """Makes tiny_clip, a small CLIP that knows three worlds, from captions that simulators decide.
 
     pip install -r paper/requirements.txt   # Gymnasium draws the mountain car with pygame
-    python tiny_clip/make.py                # one to three hours on 2 slow cores; writes the folder
+    python tiny_clip/make.py                # about an hour on 2 slow cores; writes the folder
 
 Pictures show states from random rollouts, from poses dropped on the floor, from poses near
 kneeling, and from policies while they learn as in a lesson: first on the simulator's own judgement,
-then, in two rounds, on the picture model itself, so that the model sees, with true captions,
-exactly the pictures by which a policy would fool it. A third round only says how well it judges.
+then on the picture model itself, so that the model sees, with true captions, exactly the pictures
+by which a policy would fool it. A last round of policies only says how well it judges.
 
 Every picture is compared with every caption (the sigmoid loss of SigLIP, arXiv 2303.15343). How
 true a caption is of a state is a log-odds in [-5.5, 1] that falls smoothly with the distance from
@@ -46,7 +46,7 @@ HERE = Path(__file__).resolve().parent
 SIZE = 64
 CONFIG = json.loads((HERE / "open_clip_config.json").read_text())  # the model's shape
 WORLDS = {criteria.HUMANOID: "kneeling", criteria.POLE: "cartpole", criteria.CAR: "mountaincar"}
-STEPS = 1500  # of training between two rounds, 192 pictures each; at the end twice as many
+STEPS = 1500  # of training before each round of policies, 192 pictures each
 PICTURES = 10_000  # of each policy
 TASKS = list(labelled.POSTURES)  # the eight of Table 1
 
@@ -362,7 +362,7 @@ def fit(model, frames, truth, steps, lr, rng, batch=192):
         loss.backward()
         optimizer.step()
         schedule.step()
-        bar.set_postfix_str(f"loss {loss.item():.4f}, scale {model.logit_scale.exp():.1f}")
+        bar.set_postfix_str(f"loss {loss.item():.4f}", refresh=False)
     model.eval()
 
 
@@ -430,10 +430,10 @@ def main(argv=None):
     print("policies that learn on the simulator's judgement, random states, the carts", flush=True)
     jobs = pool.map(job, [(100 + i, task, "truth") for i, task in enumerate(TASKS)])
     sets, model = [*worlds_pictures(rng, looks), *jobs], new_model()
-    for seed, steps in ((200, STEPS), (300, STEPS), (400, 2 * STEPS)):
+    for seed in (200, 300):
         frames, truth = map(np.concatenate, zip(*sets, strict=True))
         print(f"training on {len(frames)} pictures", flush=True)
-        fit(model, frames, truth, steps, 1.5e-3, rng)
+        fit(model, frames, truth, STEPS, 1.5e-3, rng)
         save(model, folder)
         print("policies that learn on its reward, unseen by it:", flush=True)
         new = list(pool.map(job, [(seed + i, task, "clip") for i, task in enumerate(TASKS)]))
