@@ -125,8 +125,8 @@ class Replay:
 
 class SAC(nn.Module):
     """`act` and `update`. `temperature` (alpha in SAC's papers) is the first entropy coefficient,
-    then learned. `policy` is an average of all actors so far, in which later ones weigh more (with
-    `window` .5 the last half of them 3/4): far steadier than the actor; 0: the actor itself."""
+    then learned. `policy` is an average of the actors so far that forgets in `window` updates (in
+    half of all while these are less): far steadier than the actor; window=0: the actor itself."""
 
     def __init__(
         self,
@@ -138,7 +138,7 @@ class SAC(nn.Module):
         lr=3e-4,
         critic_lr=1e-3,
         temperature_lr=3e-4,
-        window=0.0,
+        window=0,
         device="cpu",
         hidden=256,
         temperature=1.0,
@@ -157,10 +157,12 @@ class SAC(nn.Module):
         self.register_buffer("reward_mean", torch.tensor(0.0))
         self.register_buffer("reward_scale", torch.tensor(1.0))
         self.to(device)
-        actor, critic = self.actor.parameters(), self.critic.parameters()
-        groups = {"params": actor, "lr": lr}, {"params": critic, "lr": critic_lr}
-        temperature_group = {"params": [self.log_temperature], "lr": temperature_lr}
-        self.opt = torch.optim.Adam([*groups, temperature_group], fused=True)
+        groups = (
+            {"params": self.actor.parameters(), "lr": lr},
+            {"params": self.critic.parameters(), "lr": critic_lr},
+            {"params": [self.log_temperature], "lr": temperature_lr},
+        )
+        self.opt = torch.optim.Adam(groups, fused=True)
 
     def get_extra_state(self):  # so that state_dict() is all of the agent
         return self.updates, self.opt.state_dict()["state"]
@@ -218,7 +220,7 @@ class SAC(nn.Module):
         metrics = self.update_critic(batch) | self.update_actor_and_temperature(batch)
         self.updates += 1
         follow(self.target_critic, self.critic, self.tau)
-        follow(self.policy, self.actor, 1 / max(1, self.window * self.updates))
+        follow(self.policy, self.actor, 1 / max(1, min(self.window, self.updates / 2)))
         return metrics
 
 

@@ -363,7 +363,7 @@ class Config:
     learning_starts: int = setting(6400, "transitions before updates (paper: 50,000)")
     replay: int = setting(1_000_000, "transitions kept")
     gamma: float = setting(0.97, "discount per step (paper: 0.95)")
-    window: float = setting(0.5, "the tested policy's memory, share of all updates (paper: 0)")
+    window: int = setting(5000, "updates that the tested policy averages, at most half (paper: 0)")
     lr: float = setting(3e-4, "of the actor (paper: 6e-4)")
     critic_lr: float = setting(1e-3, "of the critic (paper: 6e-4)")
     temperature_lr: float = setting(1.7e-4, "of the temperature (paper: 6e-4)")
