@@ -433,7 +433,8 @@ def test_captions_are_true_where_the_criterion_holds(make, model):
     goals = criteria.goals(model, poses)
     for i, task in enumerate(POSTURES):
         column = make.CONCEPTS.index(task)
-        assert odds[i, column] == odds[:, column].max() > truth.TRUE - 1.1
+        nearly = 1.1 if task == "one-leg" else 0.3  # its posture lifts the foot by 15 cm only
+        assert odds[i, column] == odds[:, column].max() > truth.TRUE - nearly
         if task != "standing":  # which has no step: one foot may be in the air
             assert (odds[~goals[task], column] <= truth.TRUE - 0.7 + 1e-6).all()
             assert halfway[i, column] < odds[i, column] - 0.7
