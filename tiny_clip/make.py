@@ -1,7 +1,7 @@
 """Makes tiny_clip, a small CLIP that knows three worlds, from captions that simulators decide.
 
     pip install -r paper/requirements.txt   # Gymnasium draws the mountain car with pygame
-    python tiny_clip/make.py                # about an hour on 2 slow cores; writes the folder
+    python tiny_clip/make.py                # over an hour on 2 slow cores; writes the folder
 
 Pictures show states from random rollouts, from poses dropped on the floor, from poses near
 kneeling, and from policies while they learn as in a lesson: first on the simulator's own judgement,
