@@ -179,8 +179,8 @@ def warn_of_unread(clip, tokenizer, texts):
         if '"words"' in known:
             unread += [x for x in read if f'"{x.strip(",.").lower()}"' not in known]
         if unread:
-            text = f"{clip} does not read {' '.join(unread)}: too long, or words never learned"
-            print(f"warning: {text}", file=sys.stderr)
+            why = "too long, or words never learned"
+            print(f"warning: {clip} does not read {' '.join(unread)}: {why}", file=sys.stderr)
 
 
 class WithCLIPReward(gym.wrappers.TransformReward):
@@ -363,7 +363,7 @@ class Config:
     learning_starts: int = setting(6400, "transitions before updates (paper: 50,000)")
     replay: int = setting(1_000_000, "transitions kept")
     gamma: float = setting(0.97, "discount per step (paper: 0.95)")
-    window: int = setting(5000, "updates that the tested policy averages, at most half (paper: 0)")
+    window: int = setting(5000, "updates that the average of actors spans, at most half (paper: 0)")
     lr: float = setting(3e-4, "of the actor (paper: 6e-4)")
     critic_lr: float = setting(1e-3, "of the critic (paper: 6e-4)")
     temperature_lr: float = setting(1.7e-4, "of the temperature (paper: 6e-4)")
@@ -430,12 +430,15 @@ def train(cfg, folder, label, world, agent, replay):
         # Update actor, critic and temperature on minibatches.
         for _ in range(cfg.updates if run.step >= cfg.learning_starts else 0):
             metrics = agent.update(replay.sample(cfg.batch_size)).values()
-        # Now and then test the averaged actor, keep the best, and save all.
+        # Now and then test the actor and its average, keep the best of all, and save all.
         tested = (len(run.rows) + 1) % cfg.test_every == 0 or run.step >= cfg.steps
-        test = mean_return(world, agent.policy, seed, label) if tested else math.nan
-        run.rows.append([float(x) for x in (run.step, reward.sum(0).mean(), test, *metrics)])
-        if test > run.best:
-            run.best, run.policy = test, copy.deepcopy(agent.policy.state_dict())
+        policies = (agent.actor, agent.policy) if tested else ()
+        tests = [mean_return(world, policy, seed, label) for policy in policies]
+        for test, policy in zip(tests, policies, strict=True):
+            if test > run.best:
+                run.best, run.policy = test, copy.deepcopy(policy.state_dict())
+        row = run.step, reward.sum(0).mean(), max(tests, default=math.nan), *metrics
+        run.rows.append([float(x) for x in row])
         if tested:
             checkpoint(cfg, folder, run, agent, replay)
         bar.set_postfix_str(f"return {run.rows[-1][1]:.2f}, best test {run.best:.2f}")
@@ -451,8 +454,8 @@ def mean_return(world, policy, seed, label):
 
 def checkpoint(cfg, folder, run, agent, replay):
     """last.pt, which with config.json is all that is needed to go on, best.pt, progress.csv."""
-    rows = [x.cpu() for x in replay.rows(torch.arange(replay.size))]
-    state = {"config": asdict(cfg), "run": vars(run), "agent": agent.state_dict(), "replay": rows}
+    state = {"config": asdict(cfg), "run": vars(run), "agent": agent.state_dict()}
+    state["replay"] = [x.cpu() for x in replay.rows(torch.arange(replay.size))]
     save(folder / "best.pt", run.policy)
     names = "step,return,test,q,loss_q,loss_pi,entropy,temperature"
     np.savetxt(folder / "progress.csv", run.rows, "%.10g", ",", header=names, comments="")
@@ -493,14 +496,9 @@ def save(path, content):
 
 def finish(cfg, folder, label, policy, began):
     """Test the best policy once more, on 100 episodes, and film one."""
-    seed, film = cfg.seed + 1_000_000, []
+    seed, act = cfg.seed + 1_000_000, partial(policy.act, deterministic=True)
     test = mean_return(World(cfg, 100, label.image_size), policy, seed, label)
-    world = World(cfg, 1, 192)
-    obs, _ = world.reset(seed=seed)
-    for _ in range(cfg.episode_length):
-        action = policy.act(obs, deterministic=True)
-        obs = world.step(action.reshape(world.action_space.shape))[0]
-        film.append(world.render()[0])
+    film = rollout(World(cfg, 1, 192), act, seed, torch.from_numpy)[2][:, 0]  # no rewards, pictures
     imageio.mimsave(folder / "film.gif", film, duration=30, loop=0)
     imageio.imwrite(folder / "film.png", np.concatenate(film[:: 1 + len(film) // 11], 1))
     print(
