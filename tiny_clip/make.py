@@ -5,8 +5,8 @@
 
 Pictures show states from random rollouts, from poses dropped on the floor, from poses near
 kneeling, and from policies while they learn as in a lesson: first on the simulator's own judgement,
-then on the picture model itself, so that the model sees, with true captions, exactly the pictures
-by which a policy would fool it. A last round of policies only says how well it judges.
+then on the picture model itself, so that the model sees, with true captions, what is right and
+exactly the pictures by which a policy would fool it. A last round only says how well it judges.
 
 Every picture is compared with every caption (the sigmoid loss of SigLIP, arXiv 2303.15343). How
 true a caption is of a state is a log-odds in [-5.5, 1] that falls smoothly with the distance from
@@ -49,6 +49,8 @@ WORLDS = {criteria.HUMANOID: "kneeling", criteria.POLE: "cartpole", criteria.CAR
 STEPS = 1500  # of training before each round of policies, 192 pictures each
 PICTURES = 10_000  # of each policy
 TASKS = list(labelled.POSTURES)  # the eight of Table 1
+# On the simulator's judgement these are not learned in a lesson's 64,000 steps.
+LATE = "arms-raised", "hands-on-hips", "one-leg", "arms-crossed"
 
 ROBOT = [
     "a humanoid robot {}",
@@ -290,7 +292,8 @@ def policy_pictures(job, looks, folder):
     seed, concept, judged_by = job
     torch.set_num_threads(1)  # two of these run side by side
     task = concept if judged_by == "clip" else "kneeling"
-    cfg = shared.configure(task, clip="tiny_clip", looks=looks, seed=seed)
+    steps = 128_000 if judged_by == "truth" and concept in LATE else 64_000
+    cfg = shared.configure(task, clip="tiny_clip", looks=looks, seed=seed, steps=steps)
     world = Watched(cfg, blind=judged_by == "truth")
     model = shared.model_of(world)
 
