@@ -363,7 +363,7 @@ class Config:
     learning_starts: int = setting(6400, "transitions before updates (paper: 50,000)")
     replay: int = setting(1_000_000, "transitions kept")
     gamma: float = setting(0.97, "discount per step (paper: 0.95)")
-    window: int = setting(5000, "updates that the average of actors spans, at most half (paper: 0)")
+    window: int = setting(5000, "updates that the tested policy averages, at most half (paper: 0)")
     lr: float = setting(3e-4, "of the actor (paper: 6e-4)")
     critic_lr: float = setting(1e-3, "of the critic (paper: 6e-4)")
     temperature_lr: float = setting(1.7e-4, "of the temperature (paper: 6e-4)")
@@ -430,15 +430,12 @@ def train(cfg, folder, label, world, agent, replay):
         # Update actor, critic and temperature on minibatches.
         for _ in range(cfg.updates if run.step >= cfg.learning_starts else 0):
             metrics = agent.update(replay.sample(cfg.batch_size)).values()
-        # Now and then test the actor and its average, keep the best of all, and save all.
+        # Now and then test the averaged actor, keep the best, and save all.
         tested = (len(run.rows) + 1) % cfg.test_every == 0 or run.step >= cfg.steps
-        policies = (agent.actor, agent.policy) if tested else ()
-        tests = [mean_return(world, policy, seed, label) for policy in policies]
-        for test, policy in zip(tests, policies, strict=True):
-            if test > run.best:
-                run.best, run.policy = test, copy.deepcopy(policy.state_dict())
-        row = run.step, reward.sum(0).mean(), max(tests, default=math.nan), *metrics
-        run.rows.append([float(x) for x in row])
+        test = mean_return(world, agent.policy, seed, label) if tested else math.nan
+        run.rows.append([float(x) for x in (run.step, reward.sum(0).mean(), test, *metrics)])
+        if test > run.best:
+            run.best, run.policy = test, copy.deepcopy(agent.policy.state_dict())
         if tested:
             checkpoint(cfg, folder, run, agent, replay)
         bar.set_postfix_str(f"return {run.rows[-1][1]:.2f}, best test {run.best:.2f}")
