@@ -9,7 +9,6 @@ import re
 import shlex
 import shutil
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch: CLIP in float32, and the lesson's settings
@@ -441,13 +440,22 @@ def test_captions_are_true_where_the_criterion_holds(make, model):
     assert (odds[:, make.CONCEPTS.index("at the flag")] == truth.FALSE).all()
 
 
-@pytest.mark.parametrize("judged_by", ["truth", "clip"])
-def test_make_collects_what_a_policy_sees(judged_by, make, monkeypatch):
-    short = partial(shared.configure, num_envs=2, episode_length=3, updates=1, steps=12)
+@pytest.mark.parametrize(
+    "concept, judged_by, steps",
+    [("kneeling", "truth", 64_000), ("one-leg", "truth", 128_000), ("one-leg", "clip", 64_000)],
+)
+def test_make_collects_what_a_policy_sees(concept, judged_by, steps, make, monkeypatch):
+    asked, configure = [], shared.configure
+
+    def short(task, **others):
+        asked.append(others.pop("steps", None))
+        return configure(task, **others, num_envs=2, episode_length=3, updates=1, steps=12)
+
     monkeypatch.setattr(shared, "configure", short)
     monkeypatch.setattr(make, "PICTURES", 5)
-    job = (7, "kneeling", judged_by)
+    job = (7, concept, judged_by)
     frames, odds = make.policy_pictures(job, "plain", vlmrm.TINY_CLIP)
+    assert asked[0] == steps
     assert frames.shape == (5, 64, 64, 3) and odds.shape == (5, len(make.CONCEPTS))
     assert all(frame.std() > 10 for frame in frames) and (frames[0] != frames[1]).any()
 
