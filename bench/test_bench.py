@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when first imported, also for test_vlmrm.py
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch
 os.environ.setdefault("MUJOCO_GL", "egl")  # before mujoco
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -11,6 +11,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when first imported, also for test_vlmrm.py
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch: CLIP in float32, and the lesson's settings
 os.environ.setdefault("MUJOCO_GL", "egl")  # before mujoco
 import mujoco
