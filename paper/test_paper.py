@@ -31,7 +31,7 @@ import truth
 import watch
 from PIL import Image
 from shared import sac, vlmrm
-from states import POSTURES, STAND, labelled_states, pictures, posture, settle
+from states import POSTURES, STAND, labelled_states, on_floor, pictures, posture, settle
 
 README = (Path(__file__).parent / "README.md").read_text()
 KNEEL, LOTUS, ARMS_UP, SPLITS = (
@@ -416,6 +416,8 @@ def test_bad_input_is_one_line(main, argv, message, trained, tmp_path, monkeypat
 
 # ---- tiny_clip/make.py, and the commands of the README ----
 
+ARM, LEG = ("shoulder", "elbow"), ("hip", "knee")
+
 
 @pytest.fixture
 def make(monkeypatch):
@@ -441,10 +443,34 @@ def test_captions_are_true_where_the_criterion_holds(make, model):
     assert (odds[:, make.CONCEPTS.index("at the flag")] == truth.FALSE).all()
 
 
+@pytest.mark.parametrize("task, limb", [("arms-crossed", ARM), ("one-leg", LEG)])
+def test_limbs_climb_to_a_pose_that_the_criterion_knows(task, limb, make, model):
+    start = np.tile(posture(model, **POSTURES["standing"]), (20, 1))
+    rng = np.random.default_rng(0)
+    seen = make.climb(task, model, start, rng)
+    moves = [i for i in range(model.njnt) if any(x in model.joint(i).name for x in limb)]
+    low, high = model.jnt_range[moves].T
+    hinges = seen[:, model.jnt_qposadr[moves]]
+    assert ((low <= hinges) & (hinges <= high)).all()
+    stays = np.setdiff1d(np.arange(7, model.nq), model.jnt_qposadr[moves])
+    assert (seen[:, stays] == start[0, stays]).all()
+    height = [on_floor(model, x) for x in seen[::100]]
+    assert task == "arms-crossed" or np.allclose(seen[::100, 2], height)
+    done = seen[criteria.goals(model, seen)[task]]
+    assert len(done) > 20 and (done[:, model.jnt_qposadr[moves]].std(0) > 0.1).all()  # many ways
+    odds = truth.graded(task, model, make.evenly(task, model, seen, rng, 30))
+    assert (odds >= 0).sum() == 10 >= (odds < -1.5).sum() > 0
+
+
 @pytest.mark.parametrize(
-    "concept, judged_by, steps", [("one-leg", "truth", 128_000), ("one-leg", "clip", 64_000)]
+    "concept, judged_by, steps, moved",
+    [
+        ("one-leg", "truth", 128_000, True),
+        ("arms-raised", "clip", 64_000, True),
+        ("standing", "truth", 64_000, False),
+    ],
 )
-def test_make_collects_what_a_policy_sees(concept, judged_by, steps, make, monkeypatch):
+def test_make_collects_what_a_policy_sees(concept, judged_by, steps, moved, make, monkeypatch):
     asked, configure = [], shared.configure
 
     def short(task, **others):
@@ -456,7 +482,8 @@ def test_make_collects_what_a_policy_sees(concept, judged_by, steps, make, monke
     job = (7, concept, judged_by)
     frames, odds = make.policy_pictures(job, "plain", vlmrm.TINY_CLIP)
     assert asked[0] == steps
-    assert frames.shape == (5, 64, 64, 3) and odds.shape == (5, len(make.CONCEPTS))
+    assert (len(frames) > 5) == moved and frames.shape[1:] == (64, 64, 3)
+    assert odds.shape == (len(frames), len(make.CONCEPTS))
     assert all(frame.std() > 10 for frame in frames) and (frames[0] != frames[1]).any()
 
 
@@ -484,7 +511,7 @@ def test_make_runs_from_pictures_to_siblings(make, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(make, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(make, "policy_pictures", policy_pictures)
     monkeypatch.setattr(make, "worlds_pictures", lambda rng, looks: [(frames, odds)])
-    monkeypatch.setattr(make, "STEPS", 4)
+    monkeypatch.setattr(make, "ROUNDS", (4, 4))
     monkeypatch.setattr(make, "fit", short_fit)
     monkeypatch.setattr(make, "HERE", tmp_path)
     monkeypatch.setitem(make.CONFIG["model_cfg"]["vision_cfg"], "width", 16)  # taken back

@@ -1,12 +1,13 @@
 """Makes tiny_clip, a small CLIP that knows three worlds, from captions that simulators decide.
 
     pip install -r paper/requirements.txt   # Gymnasium draws the mountain car with pygame
-    python tiny_clip/make.py                # over an hour on 2 slow cores; writes the folder
+    python tiny_clip/make.py                # hours on 2 slow cores, 16 GB; writes the folder
 
 Pictures show states from random rollouts, from poses dropped on the floor, from poses near
-kneeling, and from policies while they learn as in a lesson: first on the simulator's own judgement,
-then on the picture model itself, so that the model sees, with true captions, what is right and
-exactly the pictures by which a policy would fool it. A last round only says how well it judges.
+kneeling, from bodies whose limbs are moved into a pose in many ways, and from policies while they
+learn as in a lesson: first on the simulator's own judgement, then, round after round, on the
+picture model itself, so that the model sees, with true captions, what is right and exactly the
+pictures by which a policy would fool it. A last round only says how well it judges.
 
 Every picture is compared with every caption (the sigmoid loss of SigLIP, arXiv 2303.15343). How
 true a caption is of a state is a log-odds in [-5.5, 1] that falls smoothly with the distance from
@@ -40,17 +41,19 @@ import shared
 import states as labelled
 from shared import sac, vlmrm
 from truth import CONCEPTS as CONCEPT_OF
-from truth import FALSE, TRUE, log_odds
+from truth import FALSE, TRUE, graded, log_odds
 
 HERE = Path(__file__).resolve().parent
 SIZE = 64
 CONFIG = json.loads((HERE / "open_clip_config.json").read_text())  # the model's shape
 WORLDS = {criteria.HUMANOID: "kneeling", criteria.POLE: "cartpole", criteria.CAR: "mountaincar"}
-STEPS = 1500  # of training before each round of policies, 192 pictures each
+ROUNDS = 3000, 4500, 6000  # steps of training, 192 pictures each, before each round of policies
 PICTURES = 10_000  # of each policy
 TASKS = list(labelled.POSTURES)  # the eight of Table 1
 # On the simulator's judgement these are not learned in a lesson's 64,000 steps.
 LATE = "arms-raised", "hands-on-hips", "one-leg", "arms-crossed"
+BY_ARM = "arms-raised", "hands-on-hips", "arms-crossed"
+ARM, LEG = ("shoulder1", "shoulder2", "elbow"), ("hip_x", "hip_z", "hip_y", "knee")
 
 ROBOT = [
     "a humanoid robot {}",
@@ -273,6 +276,40 @@ def random_states(rng, n=64):
     return np.concatenate(states)
 
 
+def climb(task, model, qpos, rng, proposals=150):
+    """Move arms or legs of qpos (n, nq) towards a task's pose: one limb at a time to anywhere or a
+    little further, kept when the log-odds rise. All states on the way, (many, nq). One policy
+    finds one way to cross its arms; a model that has only seen that way does not know others."""
+    by_arm = task in BY_ARM
+    hinges = ARM if by_arm else LEG
+    limbs = [[model.joint(f"{side}_{x}") for x in hinges] for side in ("right", "left")]
+    where = np.array([[x.qposadr[0] for x in limb] for limb in limbs])  # (2, hinges)
+    ranges = np.array([[x.range for x in limb] for limb in limbs])  # (2, hinges, 2)
+    n, qpos, seen = len(qpos), qpos.copy(), []
+    truth, row = np.full(n, -np.inf), np.arange(n)[:, None]
+    for _ in range(proposals):
+        side, new = rng.integers(2, size=n), qpos.copy()
+        column, (low, high) = where[side], np.moveaxis(ranges[side], -1, 0)  # (n, hinges) each
+        near = np.clip(qpos[row, column] + rng.normal(0, 0.2, low.shape), low, high)
+        new[row, column] = np.where(rng.random((n, 1)) < 0.5, rng.uniform(low, high), near)
+        if not by_arm:
+            new[:, 3:7] += rng.normal(0, 0.03, (n, 4)) * (rng.random((n, 1)) < 0.5)
+            new[:, 3:7] /= np.linalg.norm(new[:, 3:7], axis=1, keepdims=True)
+            new[:, 2] = [labelled.on_floor(model, x) for x in new]
+        odds = graded(task, model, new)
+        better = odds > truth
+        qpos[better], truth[better] = new[better], odds[better]
+        seen.append(qpos[better])
+    return np.concatenate(seen)
+
+
+def evenly(task, model, states, rng, n):
+    """At most n of states (many, nq): a third each true, nearly true, and far from the pose."""
+    kind = np.digitize(graded(task, model, states), (-1.5, 0))  # (many,)
+    thirds = [np.flatnonzero(kind == i) for i in range(3)]
+    return states[np.concatenate([rng.permutation(x)[: n // 3] for x in thirds])]
+
+
 class Watched(vlmrm.World):
     """A world that remembers the states that it showed: as pictures or, `blind`, as they are."""
 
@@ -308,8 +345,11 @@ def policy_pictures(job, looks, folder):
         tests = tests[~np.isnan(tests)].round(1).tolist()
     print(f"    {concept}, seed {seed}, returns in tests: {tests}", flush=True)
     rng, states = np.random.default_rng(seed), np.concatenate(world.seen)
-    rows = rng.choice(len(states), min(PICTURES, len(states)), replace=False)
-    return pictures(cfg.env_id, states[rows], looks)
+    states = states[rng.choice(len(states), min(PICTURES, len(states)), replace=False)]
+    if concept != "standing":
+        moved = climb(concept, model, states[: PICTURES // 3], rng)
+        states = np.concatenate([states, evenly(concept, model, moved, rng, PICTURES)])
+    return pictures(cfg.env_id, states, looks)
 
 
 # ---- the training ----
@@ -433,10 +473,10 @@ def main(argv=None):
     print("policies that learn on the simulator's judgement, random states, the carts", flush=True)
     jobs = pool.map(job, [(100 + i, task, "truth") for i, task in enumerate(TASKS)])
     sets, model = [*worlds_pictures(rng, looks), *jobs], new_model()
-    for seed in (200, 300):
+    for seed, steps in zip(range(200, 1000, 100), ROUNDS, strict=False):
         frames, truth = map(np.concatenate, zip(*sets, strict=True))
         print(f"training on {len(frames)} pictures", flush=True)
-        fit(model, frames, truth, STEPS, 1.5e-3, rng)
+        fit(model, frames, truth, steps, 1.5e-3, rng)
         save(model, folder)
         print("policies that learn on its reward, unseen by it:", flush=True)
         new = list(pool.map(job, [(seed + i, task, "clip") for i, task in enumerate(TASKS)]))
@@ -447,7 +487,7 @@ def main(argv=None):
         print(f"training width {width}", flush=True)
         CONFIG["model_cfg"]["vision_cfg"]["width"] = width
         model = new_model()
-        fit(model, frames, truth, 2 * STEPS, 1.5e-3, rng)
+        fit(model, frames, truth, sum(ROUNDS), 1.5e-3, rng)
         save(model, folder / f"width-{width}")
 
 
