@@ -323,9 +323,10 @@ class Watched(vlmrm.World):
 
 
 def policy_pictures(job, looks, folder):
-    """Pictures, with their truth, of states that SAC visits while it learns as in a lesson, also in
-    its tests: job = (seed, concept, judge). It learns on the simulator's log-odds of
-    `concept` or, where judge is "clip", on the picture model in `folder`."""
+    """Pictures, with their truth, of PICTURES states that SAC visits while it learns as in a
+    lesson, also in its tests, then of limbs that climb from there: job = (seed, concept, judge). It
+    learns on the simulator's log-odds of `concept` or, where judge is "clip", on the picture model
+    in `folder`."""
     seed, concept, judged_by = job
     torch.set_num_threads(1)  # two of these run side by side
     task = concept if judged_by == "clip" else "kneeling"
@@ -481,7 +482,7 @@ def main(argv=None):
         print("policies that learn on its reward, unseen by it:", flush=True)
         new = list(pool.map(job, [(seed + i, task, "clip") for i, task in enumerate(TASKS)]))
         for task, pair in zip(TASKS, new, strict=True):
-            report(folder, task, *pair)
+            report(folder, task, *(x[:PICTURES] for x in pair))  # the visited ones
         sets += new  # the last are only judged
     for width in args.siblings:
         print(f"training width {width}", flush=True)
