@@ -512,13 +512,14 @@ def test_make_runs_from_pictures_to_siblings(make, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(make, "policy_pictures", policy_pictures)
     monkeypatch.setattr(make, "worlds_pictures", lambda rng, looks: [(frames, odds)])
     monkeypatch.setattr(make, "ROUNDS", (4, 4))
+    monkeypatch.setattr(make, "PICTURES", 30)  # of the 40 the rest is of climbing limbs
     monkeypatch.setattr(make, "fit", short_fit)
     monkeypatch.setattr(make, "HERE", tmp_path)
     monkeypatch.setitem(make.CONFIG["model_cfg"]["vision_cfg"], "width", 16)  # taken back
     make.main(["--looks", "paper", "--siblings", "8"])
     assert asked == [("truth", "paper")] * 8 + [("clip", "paper")] * 16
     out = capsys.readouterr().out  # 40 pictures by each but the last eight, and of random states
-    assert "training on 680 pictures" in out and "one-leg, states of a policy unseen: 40" in out
+    assert "training on 680 pictures" in out and "one-leg, states of a policy unseen: 30" in out
     folder = tmp_path / "looks-paper"
     config = json.loads((folder / "open_clip_config.json").read_text())
     assert config == json.loads((vlmrm.TINY_CLIP / "open_clip_config.json").read_text())

@@ -474,13 +474,14 @@ def main(argv=None):
     print("policies that learn on the simulator's judgement, random states, the carts", flush=True)
     jobs = pool.map(job, [(100 + i, task, "truth") for i, task in enumerate(TASKS)])
     sets, model = [*worlds_pictures(rng, looks), *jobs], new_model()
-    for seed, steps in zip(range(200, 1000, 100), ROUNDS, strict=False):
+    for number, steps in enumerate(ROUNDS, 2):
         frames, truth = map(np.concatenate, zip(*sets, strict=True))
         print(f"training on {len(frames)} pictures", flush=True)
         fit(model, frames, truth, steps, 1.5e-3, rng)
         save(model, folder)
         print("policies that learn on its reward, unseen by it:", flush=True)
-        new = list(pool.map(job, [(seed + i, task, "clip") for i, task in enumerate(TASKS)]))
+        jobs = [(100 * number + i, task, "clip") for i, task in enumerate(TASKS)]
+        new = list(pool.map(job, jobs))
         for task, pair in zip(TASKS, new, strict=True):
             report(folder, task, *(x[:PICTURES] for x in pair))  # the visited ones
         sets += new  # the last are only judged
