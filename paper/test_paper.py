@@ -523,11 +523,10 @@ def test_make_runs_from_pictures_to_siblings(make, tmp_path, monkeypatch, capsys
     folder = tmp_path / "looks-paper"
     config = json.loads((folder / "open_clip_config.json").read_text())
     assert config == json.loads((vlmrm.TINY_CLIP / "open_clip_config.json").read_text())
-    whole = vlmrm.CLIPReward("a humanoid robot kneeling", clip=str(folder))
-    small = vlmrm.CLIPReward("a humanoid robot kneeling", clip=str(folder / "width-8"))
-    assert 2 * sum(p.numel() for p in small.parameters()) < sum(
-        p.numel() for p in whole.parameters()
-    )
+    folders = str(folder), str(folder / "width-8")
+    models = [vlmrm.CLIPReward("a humanoid robot kneeling", clip=x) for x in folders]
+    whole, small = (sum(p.numel() for p in model.parameters()) for model in models)
+    assert 2 * small < whole
 
 
 COMMANDS = sorted(set(re.findall(r"python ((?:paper/|tiny_clip/|)\w+\.py [^`\n]*)", README)))
