@@ -158,6 +158,8 @@ def load_clip(clip, dtype=torch.float32):
             model = open_clip.create_model(
                 name, tag if trained else None, force_quick_gelu=quick, require_pretrained=trained
             )
+        if isinstance(model, open_clip.CoCa):
+            raise UsageError("CoCa has no image vector of its own")
         return model, open_clip.get_tokenizer(name)
     except Exception as error:  # of many kinds
         why = f"{str(error)[:200]}; offline: tiny_clip or a folder like it"
@@ -380,8 +382,9 @@ class Config:
             raise UsageError(f"--looks is paper, plain or original, not {self.looks}")
         for name, value in asdict(self).items():
             least = 0 if name in ("alpha", "seed", "layer_norm", "reward_std", "window") else 1e-10
-            if not isinstance(value, str) and not least <= value <= 1e8:
-                raise UsageError(f"--{name.replace('_', '-')} {value}: from {least} to 1e8")
+            most = 1 if name == "gamma" else 1e8
+            if not isinstance(value, str) and not least <= value <= most:
+                raise UsageError(f"--{name.replace('_', '-')} {value}: from {least} to {most}")
 
 
 LESSON = dict(looks="plain", steps=64_000, test_every=4)
@@ -473,6 +476,8 @@ def resume(cfg, folder, agent, replay):
         run = argparse.Namespace(**saved["run"])
     except Exception as error:  # torch raises many kinds
         raise UsageError(f"{path} is damaged or another run's ({str(error)[:200]})") from error
+    if {"prompt", "baseline", "alpha", "looks"} & changed.keys():
+        raise UsageError(f"{path} holds rewards of other settings; for {changed} start a new run")
     if changed:
         print(f"changed after {run.step} transitions: {changed}")
     return run
@@ -570,7 +575,7 @@ def parse(argv):
         parser.add_argument(f"--{x.name.replace('_', '-')}", type=x.type, help=text)
     parser.add_argument("--paper", action="store_true", help="learn as in appendix C.2")
     parser.add_argument("--out", help="the run's folder (default: runs/<prompt>)")
-    parser.add_argument("--resume", help="a run's folder: go on, with the settings given beside it")
+    parser.add_argument("--resume", type=Path, help="a run's folder: go on; settings may change")
     return vars(parser.parse_args(argv))
 
 
@@ -579,11 +584,11 @@ def main(argv=None):
     asked = parse(argv)
     folder = asked.pop("resume", None)
     out = None if folder else asked.pop("out", None)
-    cfg = read_config(Path(folder), **asked) if folder else configure(**asked)
+    cfg = read_config(folder, **asked) if folder else configure(**asked)
     began = time.monotonic()
     try:
         label, world, agent, replay = build(cfg)
-        folder = Path(folder) if folder else new_folder(cfg, out)
+        folder = folder or new_folder(cfg, out)
         print(f"{folder}; when stopped, go on with: python vlmrm.py --resume {folder}")
         train(cfg, folder, label, world, agent, replay)
         finish(cfg, folder, label, agent.policy, began)
