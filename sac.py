@@ -137,7 +137,6 @@ class SAC(nn.Module):
         tau=0.005,
         lr=3e-4,
         critic_lr=1e-3,
-        temperature_lr=3e-4,
         window=0,
         device="cpu",
         hidden=256,
@@ -158,9 +157,8 @@ class SAC(nn.Module):
         self.register_buffer("reward_scale", torch.tensor(1.0))
         self.to(device)
         groups = (
-            {"params": self.actor.parameters(), "lr": lr},
+            {"params": [*self.actor.parameters(), self.log_temperature], "lr": lr},
             {"params": self.critic.parameters(), "lr": critic_lr},
-            {"params": [self.log_temperature], "lr": temperature_lr},
         )
         self.opt = torch.optim.Adam(groups, fused=True)
 
@@ -215,11 +213,14 @@ class SAC(nn.Module):
         loss.backward(inputs=list(parameters))
         self.opt.step()  # Adam leaves parameters without a gradient as they are
 
-    def update(self, batch):
-        """One gradient step of all -> detached scalars, without waiting for the device."""
-        metrics = self.update_critic(batch) | self.update_actor_and_temperature(batch)
+    def update(self, *batches):
+        """A gradient step of the critic on each batch, so that the actor follows a better one, then
+        one of all else on the last -> detached scalars, without waiting for the device."""
+        for batch in batches:
+            metrics = self.update_critic(batch)
+            follow(self.target_critic, self.critic, self.tau)
+        metrics |= self.update_actor_and_temperature(batch)
         self.updates += 1
-        follow(self.target_critic, self.critic, self.tau)
         follow(self.policy, self.actor, 1 / max(1, min(self.window, self.updates / 2)))
         return metrics
 
@@ -289,7 +290,7 @@ def main(argv=None):
     env.action_space.seed(args.seed)
     shape = env.action_space.shape  # (1, ...)
     sizes = env.single_observation_space.shape[0], math.prod(shape)
-    agent = SAC(*sizes, lr=1e-3, temperature_lr=1e-3, device=device)
+    agent = SAC(*sizes, lr=1e-3, device=device)
     replay = Replay(min(args.steps, 1_000_000), *sizes, device)
 
     obs, _ = env.reset(seed=args.seed)

@@ -158,8 +158,6 @@ def load_clip(clip, dtype=torch.float32):
             model = open_clip.create_model(
                 name, tag if trained else None, force_quick_gelu=quick, require_pretrained=trained
             )
-        if isinstance(model, open_clip.CoCa):
-            raise UsageError("CoCa has no image vector of its own")
         return model, open_clip.get_tokenizer(name)
     except Exception as error:  # of many kinds
         why = f"{str(error)[:200]}; offline: tiny_clip or a folder like it"
@@ -360,15 +358,15 @@ class Config:
     num_envs: int = setting(32, "simulations; an iteration is one episode of each")
     episode_length: int = setting(100, "environment steps")
     test_every: int = setting(20, "iterations from test to test; then all is saved, too")
-    updates: int = setting(800, "per iteration; many, since pictures cost (paper: 100)")
-    batch_size: int = setting(256, "transitions per update (paper: 512)")
+    updates: int = setting(500, "per iteration; many, since pictures cost (paper: 100)")
+    critic_steps: int = setting(2, "of the critic in an update (paper: 1)")
+    batch_size: int = setting(256, "transitions per gradient step (paper: 512)")
     learning_starts: int = setting(6400, "transitions before updates (paper: 50,000)")
     replay: int = setting(1_000_000, "transitions kept")
     gamma: float = setting(0.97, "discount per step (paper: 0.95)")
-    window: int = setting(5000, "updates that the tested policy averages, at most half (paper: 0)")
-    lr: float = setting(3e-4, "of the actor (paper: 6e-4)")
+    window: int = setting(3000, "updates that the tested policy averages, at most half (paper: 0)")
+    lr: float = setting(3e-4, "of actor and temperature (paper: 6e-4)")
     critic_lr: float = setting(1e-3, "of the critic (paper: 6e-4)")
-    temperature_lr: float = setting(1.7e-4, "of the temperature (paper: 6e-4)")
     hidden: int = setting(256, "units per layer")
     temperature: float = setting(0.05, "the first entropy coefficient (paper: 1)")
     layer_norm: int = setting(1, "in the critic (paper: 0)")
@@ -391,7 +389,7 @@ LESSON = dict(looks="plain", steps=64_000, test_every=4)
 CARTPOLE = dict(baseline="pole and cart", steps=64_000, num_envs=16, episode_length=200)
 CARTPOLE["test_every"] = 2
 PAPER = dict(updates=100, batch_size=512, learning_starts=50_000, gamma=0.95, layer_norm=0)
-PAPER |= dict(lr=6e-4, critic_lr=6e-4, temperature_lr=6e-4, temperature=1, window=0, reward_std=0)
+PAPER |= dict(critic_steps=1, lr=6e-4, critic_lr=6e-4, temperature=1, window=0, reward_std=0)
 
 
 def rollout(world, policy, seed, label):
@@ -432,7 +430,8 @@ def train(cfg, folder, label, world, agent, replay):
         run.step += reward.size
         # Update actor, critic and temperature on minibatches.
         for _ in range(cfg.updates if run.step >= cfg.learning_starts else 0):
-            metrics = agent.update(replay.sample(cfg.batch_size)).values()
+            batches = [replay.sample(cfg.batch_size) for _ in range(cfg.critic_steps)]
+            metrics = agent.update(*batches).values()
         # Now and then test the averaged actor, keep the best, and save all.
         tested = (len(run.rows) + 1) % cfg.test_every == 0 or run.step >= cfg.steps
         test = mean_return(world, agent.policy, seed, label) if tested else math.nan
@@ -476,7 +475,7 @@ def resume(cfg, folder, agent, replay):
         run = argparse.Namespace(**saved["run"])
     except Exception as error:  # torch raises many kinds
         raise UsageError(f"{path} is damaged or another run's ({str(error)[:200]})") from error
-    if {"prompt", "baseline", "alpha", "looks"} & changed.keys():
+    if {"prompt", "baseline", "alpha", "looks"}.intersection(changed):
         raise UsageError(f"{path} holds rewards of other settings; for {changed} start a new run")
     if changed:
         print(f"changed after {run.step} transitions: {changed}")
@@ -528,7 +527,7 @@ def build(cfg):
     )
     torch.manual_seed(cfg.seed)
     sizes = world.single_observation_space.shape[0], math.prod(world.single_action_space.shape)
-    names = "gamma lr critic_lr temperature_lr window hidden temperature layer_norm".split()
+    names = "gamma lr critic_lr window hidden temperature layer_norm".split()
     agent = sac.SAC(*sizes, device=devices[0], **{name: getattr(cfg, name) for name in names})
     return label, world, agent, sac.Replay(max(cfg.replay, n), *sizes, devices[0])
 

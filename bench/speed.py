@@ -131,7 +131,8 @@ def iteration(cfg, label, world, agent, replay):
         block = vlmrm.rollout(world, agent.act, 0, partial(timed, "CLIP", label))
         replay.add(*block, terminated=np.zeros(block[0].shape[:2]))
         for _ in range(cfg.updates):
-            timed("SAC", lambda: agent.update(replay.sample(cfg.batch_size)))
+            batches = [replay.sample(cfg.batch_size) for _ in range(cfg.critic_steps)]
+            timed("SAC", agent.update, *batches)
 
     world.step = partial(timed, "physics", world.step)
     world.render = partial(timed, "drawing", world.render)
