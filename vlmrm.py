@@ -523,7 +523,7 @@ def build(cfg):
     print(
         f"{cfg.clip}{' (a lesson)' if 'tiny_clip' in cfg.clip else ''} on {' '.join(devices)}, "
         f"{label.image_size} px; {cfg.num_envs} x {cfg.env_id}, {n} transitions an iteration, "
-        f"{cfg.updates / n:g} updates per transition"
+        f"{cfg.updates / n:.2g} updates per transition"
     )
     torch.manual_seed(cfg.seed)
     sizes = world.single_observation_space.shape[0], math.prod(world.single_action_space.shape)
