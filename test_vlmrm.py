@@ -642,10 +642,10 @@ def test_interrupted_between_updates_it_ends_the_same(toy, moment, error, brief,
     flags, update = f"--env-id {toy}-v0 --steps 120 --replay 30 --out ", sac.SAC.update
     run(*TOY, flags + "whole")
 
-    def interrupted(agent, batch):
+    def interrupted(agent, *batches):
         if agent.updates == moment:
             raise error  # as Ctrl-C or | head do
-        return update(agent, batch)
+        return update(agent, *batches)
 
     monkeypatch.setattr("os._exit", sys.exit)
     with pytest.raises(SystemExit, match="130"), monkeypatch.context() as patch:
