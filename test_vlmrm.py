@@ -643,6 +643,7 @@ def test_interrupted_between_updates_it_ends_the_same(toy, moment, error, brief,
     run(*TOY, flags + "whole")
 
     def interrupted(agent, *batches):
+        assert len(batches) == vlmrm.Config.critic_steps
         if agent.updates == moment:
             raise error  # as Ctrl-C or | head do
         return update(agent, *batches)
