@@ -17,8 +17,8 @@ POSTURES = {  # task -> how a body that fulfils it may look, for `posture`: degr
     "one-leg": dict(pitch=25, abdomen_y=-23, hip_x=-10, hip_z=-13)
     | dict(right_hip_y=-45, right_knee=-82, left_hip_y=-22, left_knee=-32),
     "arms-crossed": STAND
-    | dict(right_shoulder1=59, right_shoulder2=41, right_elbow=-73)
-    | dict(left_shoulder1=52, left_shoulder2=-59, left_elbow=-4),
+    | dict(right_shoulder1=60, right_shoulder2=15, right_elbow=-62)
+    | dict(left_shoulder1=51, left_shoulder2=-60, left_elbow=-14),
 }
 
 

@@ -54,7 +54,7 @@ def lotus(robot):
     foot = robot.pelvis.outwards(robot.foot)
     ahead = dot(robot.foot - robot.pelvis.centre, robot.torso.front)
     legs = above(robot.knee, 0.08, 6) + below(knee, 0.22, 4) + above(foot - knee, -0.13, 4)
-    return seated(robot) + legs.sum(1) + below(ahead.min(1), 0.1, 4)
+    return seated(robot) + legs.sum(1) + below(ahead.min(1), 0.2, 6)
 
 
 def splits(robot):
@@ -68,15 +68,17 @@ def splits(robot):
 def crossed(robot):
     """Hands before the chest, each on the other arm's side, (N,)."""
     from_chest = robot.hand - robot.torso.centre
+    ahead = dot(from_chest, robot.torso.front)
     across = above(robot.torso.outwards(robot.hand), -0.12, 4)
-    forwards = below(dot(from_chest, robot.torso.front), 0.14, 4)
-    return (across + forwards + above(np.abs(height(from_chest)), 0.2, 4)).sum(1)
+    forwards = below(ahead, 0.14, 4)
+    near = -2 * np.maximum(0, ahead - 0.4)  # an arm stretched forwards is not crossed
+    return (across + forwards + near + above(np.abs(height(from_chest)), 0.2, 4)).sum(1)
 
 
 def humanoid(robot):
     """concept -> how far a criteria.Humanoid misses it, (N,), at most 0."""
     goal, (up, _, torso, pelvis) = judge(robot), heights(robot)
-    standing = below(torso, 1.2, 6) + below(up, 0.9, 6)
+    upright = below(torso, 1.2, 6) + below(up, 0.9, 6)
     arms_up = below(height(robot.hand).min(1) - torso, 0.3, 5)
     to_hips = np.linalg.norm(robot.hand - robot.pelvis.point(0, 0.2, 0.05), axis=-1)
     balanced = below(pelvis, 0.85, 6) + below(up, 0.85, 5)
@@ -84,14 +86,14 @@ def humanoid(robot):
     miss = {
         "kneeling": kneeling(robot),
         "lotus": lotus(robot),
-        "arms-raised": standing + arms_up,
+        "standing": upright + above(robot.sole.max(1), 0.02, 6),
+        "arms-raised": upright + arms_up,
         "splits": splits(robot),
-        "hands-on-hips": standing + above(to_hips, 0.08, 4).sum(1),
+        "hands-on-hips": upright + above(to_hips, 0.05, 5).sum(1),
         "one-leg": balanced + one_foot,
-        "arms-crossed": standing + crossed(robot),
+        "arms-crossed": upright + crossed(robot),
     }
     miss = {name: x - 0.7 * ~goal[name] for name, x in miss.items()}  # the criterion: a step
-    miss["standing"] = standing
     miss["arms up"] = arms_up
     miss["kneeling, arms up"] = np.minimum(miss["kneeling"], arms_up)
     return miss | others(robot, goal["kneeling"])
