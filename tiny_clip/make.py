@@ -276,26 +276,39 @@ def random_states(rng, n=64):
     return np.concatenate(states)
 
 
+def shake(model, qpos, rng, hinges, tilts):
+    """States qpos (n, nq) with noise on hinges and on the quaternion, normal with these deviations,
+    each a number or (n, 1), and then put on the floor."""
+    qpos, (low, high) = qpos.copy(), model.jnt_range[1:].T
+    noise = rng.normal(size=qpos.shape)
+    qpos[:, 7:] = np.clip(qpos[:, 7:] + hinges * noise[:, 7:], low, high)
+    qpos[:, 3:7] += tilts * noise[:, 3:7]
+    qpos[:, 3:7] /= np.linalg.norm(qpos[:, 3:7], axis=1, keepdims=True)
+    qpos[:, 2] = [labelled.on_floor(model, x) for x in qpos]
+    return qpos
+
+
 def climb(task, model, qpos, rng, proposals=150):
-    """Move arms or legs of qpos (n, nq) towards a task's pose: one limb at a time to anywhere or a
-    little further, kept when the log-odds rise. All states on the way, (many, nq). One policy
-    finds one way to cross its arms; a model that has only seen that way does not know others."""
+    """From bodies qpos (n, nq), a little shaken, move arms or legs towards a task's pose: one limb
+    at a time to anywhere or a little further, kept when the log-odds rise. All states on the way,
+    (many, nq). One policy finds one way to cross its arms; a model that has only seen that way does
+    not know others."""
     by_arm = task in BY_ARM
     hinges = ARM if by_arm else LEG
     limbs = [[model.joint(f"{side}_{x}") for x in hinges] for side in ("right", "left")]
     where = np.array([[x.qposadr[0] for x in limb] for limb in limbs])  # (2, hinges)
     ranges = np.array([[x.range for x in limb] for limb in limbs])  # (2, hinges, 2)
-    n, qpos, seen = len(qpos), qpos.copy(), []
-    truth, row = np.full(n, -np.inf), np.arange(n)[:, None]
+    n, row = len(qpos), np.arange(len(qpos))[:, None]
+    qpos = shake(model, qpos, rng, rng.choice([0, 0.02, 0.1], (n, 1)), 0.01)
+    truth, seen = graded(task, model, qpos), [qpos.copy()]
     for _ in range(proposals):
         side, new = rng.integers(2, size=n), qpos.copy()
         column, (low, high) = where[side], np.moveaxis(ranges[side], -1, 0)  # (n, hinges) each
-        near = np.clip(qpos[row, column] + rng.normal(0, 0.2, low.shape), low, high)
+        step = rng.choice([0.05, 0.2], (n, 1)) * rng.normal(size=low.shape)  # rad
+        near = np.clip(qpos[row, column] + step, low, high)
         new[row, column] = np.where(rng.random((n, 1)) < 0.5, rng.uniform(low, high), near)
         if not by_arm:
-            new[:, 3:7] += rng.normal(0, 0.03, (n, 4)) * (rng.random((n, 1)) < 0.5)
-            new[:, 3:7] /= np.linalg.norm(new[:, 3:7], axis=1, keepdims=True)
-            new[:, 2] = [labelled.on_floor(model, x) for x in new]
+            new = shake(model, new, rng, 0, rng.choice([0, 0.03], (n, 1)))
         odds = graded(task, model, new)
         better = odds > truth
         qpos[better], truth[better] = new[better], odds[better]
@@ -303,11 +316,15 @@ def climb(task, model, qpos, rng, proposals=150):
     return np.concatenate(seen)
 
 
+def draw_lots(rng, states, n):
+    """At most n of states (many, nq)."""
+    return states[rng.permutation(len(states))[:n]]
+
+
 def evenly(task, model, states, rng, n):
     """At most n of states (many, nq): a third each true, nearly true, and far from the pose."""
     kind = np.digitize(graded(task, model, states), (-1.5, 0))  # (many,)
-    thirds = [np.flatnonzero(kind == i) for i in range(3)]
-    return states[np.concatenate([rng.permutation(x)[: n // 3] for x in thirds])]
+    return np.concatenate([draw_lots(rng, states[kind == i], n // 3) for i in range(3)])
 
 
 class Watched(vlmrm.World):
@@ -322,21 +339,19 @@ class Watched(vlmrm.World):
         return self.seen[-1] if self.blind else super().render()
 
 
-def policy_pictures(job, looks, folder):
-    """Pictures, with their truth, of PICTURES states that SAC visits while it learns as in a
-    lesson, also in its tests, then of limbs that climb from there: job = (seed, concept, judge). It
-    learns on the simulator's log-odds of `concept` or, where judge is "clip", on the picture model
-    in `folder`."""
-    seed, concept, judged_by = job
+def policy_states(job, looks, folder):
+    """PICTURES states (n, nq) that SAC visits while it learns as in a lesson, also in its tests:
+    job = (seed, task, judge). It learns on the simulator's log-odds of the task or, where judge is
+    "clip", on the picture model in `folder`."""
+    seed, task, judged_by = job
     torch.set_num_threads(1)  # two of these run side by side
-    task = concept if judged_by == "clip" else "kneeling"
-    steps = 128_000 if judged_by == "truth" and concept in LATE else 64_000
+    steps = 128_000 if judged_by == "truth" and task in LATE else 64_000
     cfg = shared.configure(task, clip="tiny_clip", looks=looks, seed=seed, steps=steps)
     world = Watched(cfg, blind=judged_by == "truth")
     model = shared.model_of(world)
 
     def label(states):
-        return torch.from_numpy(log_odds(cfg.env_id, model, states)[concept])
+        return torch.from_numpy(graded(task, model, states))
 
     if judged_by == "clip":
         label = vlmrm.CLIPReward(cfg.prompt, clip=str(folder))
@@ -344,13 +359,19 @@ def policy_pictures(job, looks, folder):
         vlmrm.train(cfg, Path(run), label, world, *shared.learner(cfg, world))  # Algorithm 1
         tests = curve.read(Path(run))["test"]
         tests = tests[~np.isnan(tests)].round(1).tolist()
-    print(f"    {concept}, seed {seed}, returns in tests: {tests}", flush=True)
-    rng, states = np.random.default_rng(seed), np.concatenate(world.seen)
-    states = states[rng.choice(len(states), min(PICTURES, len(states)), replace=False)]
-    if concept != "standing":
-        moved = climb(concept, model, states[: PICTURES // 3], rng)
-        states = np.concatenate([states, evenly(concept, model, moved, rng, PICTURES)])
-    return pictures(cfg.env_id, states, looks)
+    print(f"    {task}, seed {seed}, returns in tests: {tests}", flush=True)
+    return draw_lots(np.random.default_rng(seed), np.concatenate(world.seen), PICTURES)
+
+
+def task_pictures(job, looks):
+    """Pictures, with their truth, of the states that a task's policy visited and of limbs that
+    climb from these and from everyone's: job = (seed, task, states (n, nq), everyone's)."""
+    seed, task, visited, everyone = job
+    rng, model = np.random.default_rng(seed), shared.model_of(new_world(criteria.HUMANOID))
+    bodies = [draw_lots(rng, x, PICTURES // 4) for x in (visited, everyone)]
+    moved = climb(task, model, np.concatenate(bodies), rng)
+    states = [visited, evenly(task, model, moved, rng, PICTURES)]
+    return pictures(criteria.HUMANOID, np.concatenate(states), looks)
 
 
 # ---- the training ----
@@ -460,6 +481,15 @@ def parse(argv=None):
     return parser.parse_args(argv)
 
 
+def new_pictures(pool, number, judged_by, looks, folder):
+    """A round: for each task pictures, with their truth, of a new policy and what climbs."""
+    jobs = [(100 * number + i, task, judged_by) for i, task in enumerate(TASKS)]
+    visited = list(pool.map(functools.partial(policy_states, looks=looks, folder=folder), jobs))
+    everyone = np.concatenate(visited)
+    jobs = [(seed, task, own, everyone) for (seed, task, _), own in zip(jobs, visited, strict=True)]
+    return list(pool.map(functools.partial(task_pictures, looks=looks), jobs))
+
+
 def main(argv=None):
     """The command line."""
     args = parse(argv)
@@ -470,18 +500,16 @@ def main(argv=None):
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     pool = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"))
-    job = functools.partial(policy_pictures, looks=looks, folder=folder)
     print("policies that learn on the simulator's judgement, random states, the carts", flush=True)
-    jobs = pool.map(job, [(100 + i, task, "truth") for i, task in enumerate(TASKS)])
-    sets, model = [*worlds_pictures(rng, looks), *jobs], new_model()
+    sets, model = worlds_pictures(rng, looks), new_model()
+    sets += new_pictures(pool, 1, "truth", looks, folder)
     for number, steps in enumerate(ROUNDS, 2):
         frames, truth = map(np.concatenate, zip(*sets, strict=True))
         print(f"training on {len(frames)} pictures", flush=True)
         fit(model, frames, truth, steps, 1.5e-3, rng)
         save(model, folder)
         print("policies that learn on its reward, unseen by it:", flush=True)
-        jobs = [(100 * number + i, task, "clip") for i, task in enumerate(TASKS)]
-        new = list(pool.map(job, jobs))
+        new = new_pictures(pool, number, "clip", looks, folder)
         for task, pair in zip(TASKS, new, strict=True):
             report(folder, task, *(x[:PICTURES] for x in pair))  # the visited ones
         sets += new  # the last are only judged
