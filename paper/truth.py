@@ -89,7 +89,7 @@ def humanoid(robot):
         "standing": upright + above(robot.sole.max(1), 0.02, 6),
         "arms-raised": upright + arms_up,
         "splits": splits(robot),
-        "hands-on-hips": upright + above(to_hips, 0.05, 5).sum(1),
+        "hands-on-hips": upright + above(to_hips, 0.06, 3).sum(1),
         "one-leg": balanced + one_foot,
         "arms-crossed": upright + crossed(robot),
     }
