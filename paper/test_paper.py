@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when first imported, also for test_vlmrm.py
@@ -447,7 +448,7 @@ def test_captions_are_true_where_the_criterion_holds(make, model):
 def test_limbs_climb_to_a_pose_that_the_criterion_knows(task, limb, make, model):
     start = np.tile(posture(model, **POSTURES["standing"]), (20, 1))
     rng = np.random.default_rng(0)
-    seen = make.climb(task, model, start, rng)
+    seen = make.climb(task, model, start, rng, partial(truth.graded, task, model), 150)
     moves = [i for i in range(model.njnt) if any(x in model.joint(i).name for x in limb)]
     low, high = model.jnt_range[moves].T
     hinges = seen[:, model.jnt_qposadr[moves]]
@@ -467,22 +468,31 @@ def test_limbs_climb_to_a_pose_that_the_criterion_knows(task, limb, make, model)
     [("one-leg", "truth", 128_000), ("arms-raised", "clip", 64_000), ("standing", "truth", 64_000)],
 )
 def test_make_collects_what_a_policy_sees(task, judged_by, steps, make, monkeypatch):
-    asked, configure = [], shared.configure
+    asked, scores, configure, climb = [], [], shared.configure, make.climb
 
     def short(task, **others):
         asked.append(others.pop("steps", None))
         return configure(task, **others, num_envs=2, episode_length=3, updates=1, steps=12)
 
+    def short_climb(task, model, qpos, rng, score, proposals):
+        scores.append(score)
+        return climb(task, model, qpos, rng, score, 10)
+
     monkeypatch.setattr(shared, "configure", short)
-    monkeypatch.setattr(make, "PICTURES", 5)
+    monkeypatch.setattr(make, "climb", short_climb)
+    monkeypatch.setattr(make, "PICTURES", 20)
     visited = make.policy_states((7, task, judged_by), "plain", vlmrm.TINY_CLIP)
-    assert asked[0] == steps and visited.shape == (5, 24)
-    assert len(np.unique(visited, axis=0)) == 5
-    frames, odds = make.task_pictures((7, task, visited, visited + 0.001), "plain")
-    assert len(frames) > 5 and frames.shape[1:] == (64, 64, 3)
-    assert odds.shape == (len(frames), len(make.CONCEPTS))
-    assert (odds[:5] == make.judge("Humanoid-v5", visited)).all()  # as they were visited
-    assert all(frame.std() > 10 for frame in frames) and (frames[0] != frames[1]).any()
+    assert asked[0] == steps  # 12 and 2 episodes of the test: 18 states, and each once
+    assert len(np.unique(visited, axis=0)) == len(visited) == 18
+    job = (7, task, judged_by, visited, visited + 0.001)
+    frames, odds = make.task_pictures(job, "plain", vlmrm.TINY_CLIP)
+    assert len(frames) > 18 and frames.shape[1:] == (64, 64, 3)
+    assert (odds[:18] == make.judge("Humanoid-v5", visited)).all()  # as they were visited
+    assert odds.shape[0] == len(frames) and all(frame.std() > 10 for frame in frames)
+    column = odds[:18, make.CONCEPTS.index(task)]
+    reward = vlmrm.CLIPReward(criteria.TASKS[task].prompt, clip="tiny_clip")(frames[:18])
+    for score, right in zip(scores, (column, reward), strict=judged_by == "clip"):
+        np.testing.assert_allclose(score(visited), right, atol=1e-5)
 
 
 class Pool:  # in this process
@@ -505,8 +515,8 @@ def test_make_runs_from_pictures_to_siblings(make, tmp_path, monkeypatch, capsys
         asked.append((job[-1], looks))
         return np.full((30, 24), job[0])
 
-    def task_pictures(job, looks):
-        seed, task, visited, everyone = job  # 30 states of each of 8 policies
+    def task_pictures(job, looks, folder):
+        seed, task, _, visited, everyone = job  # 30 states of each of 8 policies
         assert make.TASKS[seed % 100] == task and (visited == seed).all() and len(everyone) == 240
         return frames, odds
 

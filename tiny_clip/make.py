@@ -4,10 +4,11 @@
     python tiny_clip/make.py                # hours on 2 slow cores, 16 GB; writes the folder
 
 Pictures show states from random rollouts, from poses dropped on the floor, from poses near
-kneeling, from bodies whose limbs are moved into a pose in many ways, and from policies while they
-learn as in a lesson: first on the simulator's own judgement, then, round after round, on the
-picture model itself, so that the model sees, with true captions, what is right and exactly the
-pictures by which a policy would fool it. A last round only says how well it judges.
+kneeling, from policies while they learn as in a lesson: first on the simulator's own judgement,
+then, round after round, on the picture model itself; and from bodies whose limbs climb from there,
+by the simulator's judgement and by the model's. So the model sees, with true captions, many ways to
+do what is right, and exactly the pictures that would fool it. A last round only says how well it
+judges.
 
 Every picture is compared with every caption (the sigmoid loss of SigLIP, arXiv 2303.15343). How
 true a caption is of a state is a log-odds in [-5.5, 1] that falls smoothly with the distance from
@@ -288,11 +289,11 @@ def shake(model, qpos, rng, hinges, tilts):
     return qpos
 
 
-def climb(task, model, qpos, rng, proposals=150):
-    """From bodies qpos (n, nq), a little shaken, move arms or legs towards a task's pose: one limb
-    at a time to anywhere or a little further, kept when the log-odds rise. All states on the way,
-    (many, nq). One policy finds one way to cross its arms; a model that has only seen that way does
-    not know others."""
+def climb(task, model, qpos, rng, score, proposals):
+    """From bodies qpos (n, nq), a little shaken, move the arms or the legs that matter to a task:
+    one limb at a time to anywhere or a little further, kept when score(states), (n,), rises. All
+    states on the way, (many, nq). By the log-odds they show many ways to a pose, of which one
+    policy finds one; by a model's reward, what it is sure of, rightly or wrongly."""
     by_arm = task in BY_ARM
     hinges = ARM if by_arm else LEG
     limbs = [[model.joint(f"{side}_{x}") for x in hinges] for side in ("right", "left")]
@@ -300,7 +301,7 @@ def climb(task, model, qpos, rng, proposals=150):
     ranges = np.array([[x.range for x in limb] for limb in limbs])  # (2, hinges, 2)
     n, row = len(qpos), np.arange(len(qpos))[:, None]
     qpos = shake(model, qpos, rng, rng.choice([0, 0.02, 0.1], (n, 1)), 0.01)
-    truth, seen = graded(task, model, qpos), [qpos.copy()]
+    best, seen = score(qpos), [qpos.copy()]
     for _ in range(proposals):
         side, new = rng.integers(2, size=n), qpos.copy()
         column, (low, high) = where[side], np.moveaxis(ranges[side], -1, 0)  # (n, hinges) each
@@ -309,9 +310,9 @@ def climb(task, model, qpos, rng, proposals=150):
         new[row, column] = np.where(rng.random((n, 1)) < 0.5, rng.uniform(low, high), near)
         if not by_arm:
             new = shake(model, new, rng, 0, rng.choice([0, 0.03], (n, 1)))
-        odds = graded(task, model, new)
-        better = odds > truth
-        qpos[better], truth[better] = new[better], odds[better]
+        value = score(new)
+        better = value > best
+        qpos[better], best[better] = new[better], value[better]
         seen.append(qpos[better])
     return np.concatenate(seen)
 
@@ -363,14 +364,24 @@ def policy_states(job, looks, folder):
     return draw_lots(np.random.default_rng(seed), np.concatenate(world.seen), PICTURES)
 
 
-def task_pictures(job, looks):
-    """Pictures, with their truth, of the states that a task's policy visited and of limbs that
-    climb from these and from everyone's: job = (seed, task, states (n, nq), everyone's)."""
-    seed, task, visited, everyone = job
-    rng, model = np.random.default_rng(seed), shared.model_of(new_world(criteria.HUMANOID))
-    bodies = [draw_lots(rng, x, PICTURES // 4) for x in (visited, everyone)]
-    moved = climb(task, model, np.concatenate(bodies), rng)
-    states = [visited, evenly(task, model, moved, rng, PICTURES)]
+def task_pictures(job, looks, folder):
+    """Pictures, with their truth, of states that a task's policy visited and of limbs that climb
+    from these and from everyone's: job = (seed, task, judge, states (n, nq), everyone's). They
+    climb by the log-odds and, where judge is "clip", by the reward of the model in `folder`."""
+    seed, task, judged_by, visited, everyone = job
+    torch.set_num_threads(1)
+    rng, world = np.random.default_rng(seed), new_world(criteria.HUMANOID, looks)
+    model, states = shared.model_of(world), [visited]
+
+    def moved(n, *how):
+        bodies = np.concatenate([draw_lots(rng, x, n // 2) for x in (visited, everyone)])
+        return evenly(task, model, climb(task, model, bodies, rng, *how), rng, PICTURES)
+
+    states.append(moved(PICTURES // 2, functools.partial(graded, task, model), 150))
+    if judged_by == "clip":
+        reward = vlmrm.CLIPReward(criteria.TASKS[task].prompt, clip=str(folder))
+        see = functools.partial(labelled.pictures, world)
+        states.append(moved(PICTURES // 10, lambda states: reward(see(states)).numpy(), 60))
     return pictures(criteria.HUMANOID, np.concatenate(states), looks)
 
 
@@ -486,8 +497,8 @@ def new_pictures(pool, number, judged_by, looks, folder):
     jobs = [(100 * number + i, task, judged_by) for i, task in enumerate(TASKS)]
     visited = list(pool.map(functools.partial(policy_states, looks=looks, folder=folder), jobs))
     everyone = np.concatenate(visited)
-    jobs = [(seed, task, own, everyone) for (seed, task, _), own in zip(jobs, visited, strict=True)]
-    return list(pool.map(functools.partial(task_pictures, looks=looks), jobs))
+    jobs = [(*job, own, everyone) for job, own in zip(jobs, visited, strict=True)]
+    return list(pool.map(functools.partial(task_pictures, looks=looks, folder=folder), jobs))
 
 
 def main(argv=None):
