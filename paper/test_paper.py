@@ -11,6 +11,7 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when first imported, also for test_vlmrm.py
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch: CLIP in float32, and the lesson's settings
@@ -445,6 +446,46 @@ def test_captions_are_true_where_the_criterion_holds(make, model):
     assert (odds[:, make.CONCEPTS.index("at the flag")] == truth.FALSE).all()
 
 
+def falls(x):
+    """How far a caption falls: by what is missed times its slope, and more where that begins."""
+    return -x - 0.3 * (1 - math.exp(-10 * x))
+
+
+def left_hip(robot):
+    return robot.pelvis.point(0, 0.2, 0.05)[0, 1]
+
+
+@pytest.mark.parametrize(
+    "task, how, expected",
+    [
+        ("standing", {}, lambda robot: 0),
+        (
+            "standing",
+            dict(left_hip_y=-40, left_knee=-80, height=1.28),
+            lambda robot: falls(6 * (robot.sole.max() - 0.02)) - 0.7,  # and is no goal state
+        ),
+        (
+            "hands-on-hips",
+            dict(left_shoulder1=-35),
+            lambda robot: falls(3 * (math.dist(robot.hand[0, 1], left_hip(robot)) - 0.06)),
+        ),
+    ],
+)
+def test_captions_fall_with_what_a_state_misses(task, how, expected, model):
+    pose = posture(model, **POSTURES[task] | how)[None]
+    odds = truth.graded(task, model, pose)[0]
+    assert 6.5 * math.log((odds + 5.5) / 6.5) == pytest.approx(
+        expected(criteria.Humanoid(model, pose)), abs=1e-6
+    )
+
+
+@pytest.mark.parametrize("ahead, miss", [(0.3, 0), (0.5, -0.2), (0.1, falls(4 * 0.04))])
+def test_crossed_arms_are_neither_stretched_nor_in_the_chest(ahead, miss):
+    torso = criteria.Part(np.zeros((1, 2, 3)), np.tile(np.eye(3), (1, 2, 1, 1)))
+    hand = np.array([[[ahead, 0.2, 0], [ahead, -0.2, 0]]])  # each on the other side
+    assert truth.crossed(SimpleNamespace(torso=torso, hand=hand)) == pytest.approx([2 * miss])
+
+
 @pytest.mark.parametrize("task, limb", [("arms-crossed", ARM), ("one-leg", LEG)])
 def test_limbs_climb_to_a_pose_that_the_criterion_knows(task, limb, make, model):
     start = np.tile(posture(model, **POSTURES["standing"]), (20, 1))
@@ -490,9 +531,11 @@ def test_make_collects_what_a_policy_sees(task, judged_by, steps, make, monkeypa
     assert len(frames) > 18 and frames.shape[1:] == (64, 64, 3)
     assert (odds[:18] == make.judge("Humanoid-v5", visited)).all()  # as they were visited
     assert odds.shape[0] == len(frames) and all(frame.std() > 10 for frame in frames)
-    column = odds[:18, make.CONCEPTS.index(task)]
-    reward = vlmrm.CLIPReward(criteria.TASKS[task].prompt, clip="tiny_clip")(frames[:18])
-    for score, right in zip(scores, (column, reward), strict=judged_by == "clip"):
+    expected = [odds[:18, make.CONCEPTS.index(task)]]
+    if judged_by == "clip":
+        prompt = criteria.TASKS[task].prompt
+        expected.append(vlmrm.CLIPReward(prompt, clip="tiny_clip")(frames[:18]))
+    for score, right in zip(scores, expected, strict=True):
         np.testing.assert_allclose(score(visited), right, atol=1e-5)
 
 

@@ -372,16 +372,14 @@ def task_pictures(job, looks, folder):
     torch.set_num_threads(1)
     rng, world = np.random.default_rng(seed), new_world(criteria.HUMANOID, looks)
     model, states = shared.model_of(world), [visited]
-
-    def moved(n, *how):
-        bodies = np.concatenate([draw_lots(rng, x, n // 2) for x in (visited, everyone)])
-        return evenly(task, model, climb(task, model, bodies, rng, *how), rng, PICTURES)
-
-    states.append(moved(PICTURES // 2, functools.partial(graded, task, model), 150))
+    climbs = [(PICTURES // 2, 150, lambda x: graded(task, model, x))]
     if judged_by == "clip":
         reward = vlmrm.CLIPReward(criteria.TASKS[task].prompt, clip=str(folder))
-        see = functools.partial(labelled.pictures, world)
-        states.append(moved(PICTURES // 10, lambda states: reward(see(states)).numpy(), 60))
+        climbs.append((PICTURES // 10, 60, lambda x: reward(labelled.pictures(world, x)).numpy()))
+    for n, proposals, score in climbs:
+        bodies = np.concatenate([draw_lots(rng, x, n // 2) for x in (visited, everyone)])
+        moved = climb(task, model, bodies, rng, score, proposals)
+        states.append(evenly(task, model, moved, rng, PICTURES))
     return pictures(criteria.HUMANOID, np.concatenate(states), looks)
 
 
