@@ -12,7 +12,7 @@ from collections import namedtuple
 import mujoco
 import numpy as np
 
-HUMANOID, POLE, CAR = "Humanoid-v5", "InvertedPendulum-v5", "MountainCarContinuous-v0"
+HUMANOID, POLE = "Humanoid-v5", "InvertedPendulum-v5"
 Task = namedtuple("Task", "prompt baseline env_id", defaults=("a humanoid robot", HUMANOID))
 STANDING = "a humanoid robot standing up"
 TASKS = {
@@ -25,9 +25,6 @@ TASKS = {
     "one-leg": Task(STANDING + " on one leg"),
     "arms-crossed": Task(STANDING + ", with its arms crossed"),
     "cartpole": Task("pole vertically upright on top of the cart", "pole and cart", POLE),
-    "mountaincar": Task(
-        "a car at the peak of the mountain, next to the yellow flag", "a car in the mountain", CAR
-    ),
 }
 
 
@@ -137,12 +134,9 @@ def judge(robot):
 
 
 def holds(task, model, states):
-    """Whether a task's criterion holds, (N,) bool. States (N, nq): qpos in m and rad; of the
-    car, which has no model, position and speed."""
+    """Whether a task's criterion holds, (N,) bool, in states qpos (N, nq), m and rad."""
     if task == "cartpole":
         return np.abs(states[:, 1]) < 0.2  # rad from the vertical
-    if task == "mountaincar":
-        return states[:, 0] >= 0.45  # as far up as Gymnasium's goal
     return goals(model, states)[task]
 
 

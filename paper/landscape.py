@@ -2,7 +2,6 @@
 
     python paper/landscape.py hinge --task cartpole
     python paper/landscape.py right_knee --task kneeling
-    python paper/landscape.py position --task mountaincar     (needs pygame)
 
 Writes landscape.csv and landscape.png into a new folder, runs/landscape-... or --out.
 """
@@ -20,11 +19,6 @@ import vlmrm
 
 def along(task, joint, points=101):
     """States (points, nq) along a joint's range, its values (points,) and the name of its unit."""
-    if task == "mountaincar":
-        if joint != "position":
-            raise sac.UsageError(f"{joint}: of the mountain car there is only position")
-        x = np.linspace(-1.2, 0.6, points)
-        return np.stack([x, np.zeros(points)], 1), x, "Gymnasium's units"
     model = shared.model_of(vlmrm.World(shared.configure(task), 1))
     names = [model.joint(i).name for i in np.flatnonzero(model.jnt_limited)]
     if joint not in names:

@@ -25,8 +25,7 @@ ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 def configure(task, **asked):
     """The vlmrm.Config of a task in criteria.TASKS. Of `asked` None counts as not asked for."""
     asked = {name: value for name, value in asked.items() if value is not None}
-    length = {"episode_length": 200} if task == "mountaincar" else {}
-    return vlmrm.configure(**length | criteria.TASKS[task]._asdict() | asked)
+    return vlmrm.configure(**criteria.TASKS[task]._asdict() | asked)
 
 
 def task_of(cfg, folder):
@@ -41,14 +40,13 @@ def task_of(cfg, folder):
 
 
 def model_of(world):
-    """The MuJoCo model of a world's simulations; None for the car."""
-    return getattr(world.sims[0], "model", None)
+    """The MuJoCo model of a world's simulations."""
+    return world.sims[0].model
 
 
 def states_of(world):
-    """All simulations as they are now, (N, nq): qpos, or the car's position and speed."""
-    car = world.cfg.env_id == criteria.CAR
-    return np.stack([sim.state if car else sim.data.qpos for sim in world.sims])
+    """qpos of all simulations as they are now, (N, nq)."""
+    return np.stack([sim.data.qpos for sim in world.sims])
 
 
 def flags(doc):

@@ -1,9 +1,8 @@
-"""States of the three worlds that the simulator labels: postures by hand, and `labelled_states`, on
+"""States of the two worlds that the simulator labels: postures by hand, and `labelled_states`, on
 which evaluate.py and compare.py judge rewards."""
 
 import mujoco
 import numpy as np
-from criteria import CAR
 from shared import configure, model_of, vlmrm
 
 STAND = dict(hip_y=-5, knee=-12, shoulder1=10)
@@ -65,14 +64,12 @@ def settle(model, states, controls, frame_skip=5):
 
 def labelled_states(task, seed=0):
     """States (n, nq) to judge rewards on, the same for everyone: positions (m) and angles (rad) of
-    the cart-pole, positions and speeds of the car; for the humanoid noisy blends of standing with
+    the cart-pole; for the humanoid noisy blends of standing with
     the posture of this task (300) and of every task (20 each), these as they settle, and at last
     under random torques."""
     rng = np.random.default_rng(seed)
     if task == "cartpole":
         return rng.uniform((-1, -1.5), (1, 1.5), (1000, 2))
-    if task == "mountaincar":
-        return rng.uniform((-1.2, 0), (0.6, 0), (200, 2))
     model, names = model_of(vlmrm.World(configure(task), 1)), [task] * 300 + [*POSTURES] * 20
     stand, start = posture(model, **STAND), []
     for name in names:
@@ -93,9 +90,6 @@ def pictures(world, states):
     world.reset()
     sim, frames = world.sims[0], []
     for state in states:
-        if world.cfg.env_id == CAR:
-            sim.state = np.array(state)
-        else:
-            sim.set_state(state, np.zeros(sim.model.nv))
+        sim.set_state(state, np.zeros(sim.model.nv))
         frames.append(world.render()[0])
     return np.stack(frames)

@@ -179,11 +179,9 @@ def test_criteria_on_poses_by_hand(task, humanoid, model):
             assert (criteria.met(task, model, obs) == np.full((2, 3), expected)).all(), why
 
 
-def test_criteria_of_pole_and_car():
+def test_criterion_of_the_pole():
     pole = np.array([[0, 0.0, 9, 9], [0, 0.5, 0, 0], [0.5, -0.199, 0, 9]])
     assert criteria.met("cartpole", None, pole).tolist() == [True, False, True]
-    car = np.array([[-0.5, 0], [0.44, 0.02], [0.46, 0]])
-    assert criteria.met("mountaincar", None, car).tolist() == [False, False, True]
 
 
 def test_a_task_is_known_by_its_prompt_and_world():
@@ -199,7 +197,6 @@ SUMS = {  # of the states before they settle
     "lotus": -1814.298770,
     "one-leg": -402.534890,
     "cartpole": 33.310257,
-    "mountaincar": -43.974550,
 }
 
 
@@ -253,13 +250,6 @@ def test_landscape_is_the_reward_along_a_joint(tmp_path, monkeypatch, humanoid, 
     assert knee["alpha_075"][70] == pytest.approx(expected, abs=1e-4)
 
 
-def test_car_is_drawn_where_it_is_put():
-    pytest.importorskip("pygame")
-    world = vlmrm.World(shared.configure("mountaincar"), 1)
-    left, flag, again = pictures(world, np.array([[-0.5, 0], [0.45, 0], [0.45, 0.01]]))
-    assert (left != flag).any() and (flag == again).all()
-
-
 def by_hand(folder, policy, noise):
     """CLIP return, share of goal states and of successes of 3 deterministic episodes of a pole."""
     cfg = vlmrm.read_config(folder)
@@ -308,19 +298,6 @@ def test_evaluation_is_of_the_kept_and_of_the_last_policy(
 def test_success_is_the_goal_in_half_of_the_steps():
     goal = np.array([[True, True], [True, False], [False, False], [False, False]])
     assert shared.success(goal) == 0.5
-
-
-def test_a_run_of_the_mountain_car_is_judged_by_its_position(tmp_path, monkeypatch):
-    pytest.importorskip("pygame")
-    monkeypatch.setattr(vlmrm, "finish", lambda *parts: None)  # 100 episodes of large pictures
-    monkeypatch.setattr(evaluate, "labelled_states", lambda task: labelled_states(task)[::20])
-    folder = run("mountaincar", tmp_path / "car")
-    monkeypatch.setattr(
-        criteria, "holds", lambda task, model, states: abs(states[:, 0] + 0.5) < 0.2
-    )
-    evaluate.main([str(folder), "--episodes", "2"])
-    result = json.loads((folder / "eval.json").read_text())["kept"]
-    assert result["success"] == result["goal_states"] == 1  # it starts in the valley
 
 
 @pytest.mark.parametrize("reward", ["log-odds", "criterion"])
@@ -443,7 +420,7 @@ def test_captions_are_true_where_the_criterion_holds(make, model):
         assert (odds[~goals[task], column] <= truth.TRUE - 0.7 + 1e-6).all()
         if task != "standing":  # which is itself the start
             assert halfway[i, column] < odds[i, column] - 0.7
-    assert (odds[:, make.CONCEPTS.index("at the flag")] == truth.FALSE).all()
+    assert (odds[:, make.CONCEPTS.index("upright")] == truth.FALSE).all()
 
 
 def falls(x):

@@ -4,10 +4,10 @@ sight.py trains on them. The numbers are our choice; 1 at the goal, where the si
 steep, so that the last centimetres count in it."""
 
 import numpy as np
-from criteria import HUMANOID, POLE, TASKS, Humanoid, dot, height, judge
+from criteria import HUMANOID, TASKS, Humanoid, dot, height, judge
 
 TRUE, FALSE = 1.0, -5.5
-CONCEPTS = {"cartpole": "upright", "mountaincar": "at the flag"}  # of other tasks: their name
+CONCEPTS = {"cartpole": "upright"}  # of another task: its name
 
 
 def above(x, limit, slope):
@@ -138,22 +138,9 @@ def cartpole(states):
     }
 
 
-def mountaincar(x):
-    """The same for a car at positions x (N,); the valley is at -0.52, the flag at 0.45."""
-    return {
-        "at the flag": below(x, 0.45, 2.5),
-        "in the valley": above(np.abs(x + 0.52), 0.1, 6),
-        "on the left hill": above(x, -0.9, 6),
-        "mountaincar": 0 * x,
-    }
-
-
 def log_odds(env_id, model, states):
     """concept -> log-odds (N,), of all that is said about a world in states (N, nq)."""
-    if env_id == HUMANOID:
-        miss = humanoid(Humanoid(model, states))
-    else:
-        miss = cartpole(states) if env_id == POLE else mountaincar(states[:, 0])
+    miss = humanoid(Humanoid(model, states)) if env_id == HUMANOID else cartpole(states)
     scale = TRUE - FALSE  # far from the pose there is still a slope
     return {concept: FALSE + scale * np.exp(x / scale) for concept, x in miss.items()}
 

@@ -1,7 +1,7 @@
-"""Makes tiny_clip, a small CLIP that knows three worlds, from captions that simulators decide.
+"""Makes tiny_clip, a small CLIP that knows two worlds, from captions that simulators decide.
 
-    pip install -r paper/requirements.txt   # Gymnasium draws the mountain car with pygame
-    python tiny_clip/make.py                # hours on 2 slow cores, 16 GB; writes the folder
+    pip install -r paper/requirements.txt
+    python tiny_clip/make.py        # hours on 2 slow cores, 16 GB; writes the folder
 
 Pictures show states from random rollouts, from poses dropped on the floor, from poses near
 kneeling, from policies while they learn as in a lesson: first on the simulator's own judgement,
@@ -31,7 +31,6 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -47,7 +46,7 @@ from truth import FALSE, TRUE, graded, log_odds
 HERE = Path(__file__).resolve().parent
 SIZE = 64
 CONFIG = json.loads((HERE / "open_clip_config.json").read_text())  # the model's shape
-WORLDS = {criteria.HUMANOID: "kneeling", criteria.POLE: "cartpole", criteria.CAR: "mountaincar"}
+WORLDS = {criteria.HUMANOID: "kneeling", criteria.POLE: "cartpole"}
 ROUNDS = 3000, 4500, 6000  # steps of training, 192 pictures each, before each round of policies
 PICTURES = 10_000  # of each policy
 TASKS = list(labelled.POSTURES)  # the eight of Table 1
@@ -162,24 +161,6 @@ CAPTIONS = {  # concept -> templates, phrases
     "cart left": (CART, ["cart on the left", "cart at the left end of the rail"]),
     "cart right": (CART, ["cart on the right", "cart at the right end of the rail"]),
     "cartpole": (PLAIN, ["pole and cart", "a cart with a pole", "a pole on a cart"]),
-    "at the flag": (
-        PLAIN,
-        [
-            "a car at the peak of the mountain, next to the yellow flag",
-            "a car at the peak of the mountain",
-            "a car next to the yellow flag",
-            "a car on top of the mountain",
-        ],
-    ),
-    "in the valley": (PLAIN, ["a car in the valley", "a car at the bottom of the valley"]),
-    "on the left hill": (
-        PLAIN,
-        ["a car on the left hill", "a car on the left side of the mountain"],
-    ),
-    "mountaincar": (
-        PLAIN,
-        ["a car in the mountain", "a car on a mountain", "a car and a mountain"],
-    ),
 }
 CONCEPTS = list(CAPTIONS)
 
@@ -192,7 +173,7 @@ def new_world(env_id, looks="plain"):
 
 
 def judge(env_id, states):
-    """Log-odds of every concept for states (n, nq): (n, concepts), float32. The other worlds'
+    """Log-odds of every concept for states (n, nq): (n, concepts), float32. The other world's
     concepts are false."""
     known = log_odds(env_id, shared.model_of(new_world(env_id)), states)
     false = np.full(len(states), FALSE)
@@ -202,9 +183,6 @@ def judge(env_id, states):
 def pictures(env_id, states, looks="plain"):
     """(frames uint8 (n, SIZE, SIZE, 3), truth (n, concepts)) of states (n, nq)."""
     frames = labelled.pictures(new_world(env_id, looks), states)
-    if frames.shape[1] != SIZE:  # the car draws itself, larger; as CLIPReward would resize it
-        images = [Image.fromarray(x).resize((SIZE, SIZE), Image.BICUBIC) for x in frames]
-        frames = np.stack(images)
     return frames, judge(env_id, states)
 
 
@@ -509,7 +487,7 @@ def main(argv=None):
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     pool = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"))
-    print("policies that learn on the simulator's judgement, random states, the carts", flush=True)
+    print("policies that learn on the simulator's judgement, random states, the pole", flush=True)
     sets, model = worlds_pictures(rng, looks), new_model()
     sets += new_pictures(pool, 1, "truth", looks, folder)
     for number, steps in enumerate(ROUNDS, 2):
@@ -531,16 +509,14 @@ def main(argv=None):
 
 
 def worlds_pictures(rng, looks):
-    """Pictures with their truth of random states of the three worlds."""
+    """Pictures with their truth of random states of the two worlds."""
     states = random_states(rng)
     angle = np.clip(rng.normal(0, rng.choice([0.1, 0.5, 1.2], 9000)), -1.6, 1.6)
     cart = np.stack([rng.uniform(-1, 1, 9000), angle], 1)
-    car = np.stack([rng.uniform(-1.2, 0.6, 5000), np.zeros(5000)], 1)
     humanoid = states[rng.choice(len(states), 40_000, replace=False)]
     return [
         pictures("Humanoid-v5", humanoid, looks),
         pictures("InvertedPendulum-v5", cart, looks),
-        pictures("MountainCarContinuous-v0", car),
     ]
 
 
