@@ -482,6 +482,24 @@ def test_limbs_climb_to_a_pose_that_the_criterion_knows(task, limb, make, model)
     assert (odds >= 0).sum() == 10 >= (odds < -1.5).sum() > 0
 
 
+@pytest.mark.parametrize("task, limb", [("hands-on-hips", ARM), ("lotus", LEG)])
+def test_one_limb_of_a_body_moves_anywhere_or_a_little(task, limb, make, model):
+    start = np.tile(posture(model, **POSTURES[task]), (400, 1))
+    moved = make.move_limb(task, model, start, np.random.default_rng(0), 0.01, 0)
+    sides = []
+    for side in ("right", "left"):
+        names = tuple(f"{side}_{x}" for x in limb)
+        own = [i for i in range(model.njnt) if model.joint(i).name.startswith(names)]
+        sides.append(np.abs(moved - start)[:, model.jnt_qposadr[own]].max(1))
+    right, left = sides
+    assert (np.minimum(right, left) == 0).all() and (np.maximum(right, left) > 0).all()
+    assert 150 < (right > 0).sum() < 250 and 150 < (right + left < 0.05).sum() < 250
+    height = [on_floor(model, x) for x in moved]
+    assert task == "hands-on-hips" or np.allclose(moved[:, 2], height)
+    others = np.abs(moved - start)[:, 3:10].max()  # where the torso faces, the abdomen
+    assert others < 1e-9
+
+
 @pytest.mark.parametrize(
     "task, judged_by, steps",
     [("one-leg", "truth", 128_000), ("arms-raised", "clip", 64_000), ("standing", "truth", 64_000)],
