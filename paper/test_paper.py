@@ -506,6 +506,7 @@ def test_one_limb_of_a_body_moves_anywhere_or_a_little(task, limb, make, model):
 )
 def test_make_collects_what_a_policy_sees(task, judged_by, steps, make, monkeypatch):
     asked, scores, configure, climb = [], [], shared.configure, make.climb
+    best, move_limb = [], make.move_limb
 
     def short(task, **others):
         asked.append(others.pop("steps", None))
@@ -516,7 +517,13 @@ def test_make_collects_what_a_policy_sees(task, judged_by, steps, make, monkeypa
         return climb(task, model, qpos, rng, score, 10)
 
     monkeypatch.setattr(shared, "configure", short)
+
+    def watched(task, model, qpos, rng, steps, tilts):
+        best.append(truth.graded(task, model, qpos))
+        return move_limb(task, model, qpos, rng, steps, tilts)
+
     monkeypatch.setattr(make, "climb", short_climb)
+    monkeypatch.setattr(make, "move_limb", watched)
     monkeypatch.setattr(make, "PICTURES", 20)
     visited = make.policy_states((7, task, judged_by), "plain", vlmrm.TINY_CLIP)
     assert asked[0] == steps  # 12 and 2 episodes of the test: 18 states, and each once
@@ -526,7 +533,9 @@ def test_make_collects_what_a_policy_sees(task, judged_by, steps, make, monkeypa
     assert len(frames) > 18 and frames.shape[1:] == (64, 64, 3)
     assert (odds[:18] == make.judge("Humanoid-v5", visited)).all()  # as they were visited
     assert odds.shape[0] == len(frames) and all(frame.std() > 10 for frame in frames)
-    expected = [odds[:18, make.CONCEPTS.index(task)]]
+    known = odds[:-20, make.CONCEPTS.index(task)]  # the last 20: of the truest, one limb moved
+    np.testing.assert_allclose(np.sort(known)[-20:], np.sort(best[-1]), atol=1e-5)
+    expected = [known[:18]]
     if judged_by == "clip":
         prompt = criteria.TASKS[task].prompt
         expected.append(vlmrm.CLIPReward(prompt, clip="tiny_clip")(frames[:18]))
