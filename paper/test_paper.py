@@ -566,23 +566,23 @@ def test_make_runs_from_pictures_to_siblings(make, tmp_path, monkeypatch, capsys
     def task_pictures(job, looks, folder):
         seed, task, _, visited, everyone = job  # 30 states of each of 8 policies
         assert make.TASKS[seed % 100] == task and (visited == seed).all() and len(everyone) == 240
-        return frames, odds
+        return np.roll(frames, seed, 0), np.roll(odds, seed, 0)
 
-    def short_fit(net, *data):
+    def short_fit(net, seen, known, *how):
+        for i in range(0, len(seen), 29):  # each picture beside its own truth
+            assert (known[i] == odds[(seen[i] == frames).all((1, 2, 3))]).all()
         before = [p.detach().clone() for p in net.parameters()]
-        fit(net, *data, batch=8)
+        fit(net, seen, known, *how, batch_size=8)
         pairs = zip(net.parameters(), before, strict=True)
         assert not any((p == q).all() for p, q in pairs if p.ndim > 1)  # all learns
 
     monkeypatch.setenv("TQDM_DISABLE", "")  # which main sets
-    monkeypatch.setattr(make, "ProcessPoolExecutor", Pool)
-    monkeypatch.setattr(make, "policy_states", policy_states)
-    monkeypatch.setattr(make, "task_pictures", task_pictures)
     monkeypatch.setattr(make, "worlds_pictures", lambda rng, looks: [(frames, odds)])
-    monkeypatch.setattr(make, "ROUNDS", (4, 4))
     monkeypatch.setattr(make, "PICTURES", 30)  # of the 40 the rest is of climbing limbs
-    monkeypatch.setattr(make, "fit", short_fit)
-    monkeypatch.setattr(make, "HERE", tmp_path)
+    short = dict(policy_states=policy_states, task_pictures=task_pictures, fit=short_fit)
+    short |= dict(ProcessPoolExecutor=Pool, ROUNDS=(4, 4), HERE=tmp_path)
+    for name, value in short.items():
+        monkeypatch.setattr(make, name, value)
     monkeypatch.setitem(make.CONFIG["model_cfg"]["vision_cfg"], "width", 16)  # taken back
     make.main(["--looks", "paper", "--siblings", "8"])
     assert asked == [("truth", "paper")] * 8 + [("clip", "paper")] * 16

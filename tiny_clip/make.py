@@ -1,7 +1,7 @@
 """Makes tiny_clip, a small CLIP that knows two worlds, from captions that simulators decide.
 
     pip install -r paper/requirements.txt
-    python tiny_clip/make.py        # hours on 2 slow cores, 16 GB; writes the folder
+    python tiny_clip/make.py        # hours on 2 slow cores, 20 GB; writes the folder
 
 Pictures show states from random rollouts, from poses dropped on the floor, from poses near
 kneeling, from policies while they learn as in a lesson: first on the simulator's own judgement,
@@ -402,7 +402,7 @@ def weights():
     return torch.tensor([4.0 if c in goals else 1.0 for c in CONCEPTS])
 
 
-def fit(model, frames, truth, steps, lr, rng, batch=192):
+def fit(model, frames, truth, steps, lr, rng, batch_size=192):
     """Sigmoid contrastive training: every picture of the batch against one caption per concept."""
     groups = [
         {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.05},
@@ -414,10 +414,11 @@ def fit(model, frames, truth, steps, lr, rng, batch=192):
     model.train()
     bar = tqdm(range(steps), mininterval=5)
     for _ in bar:
-        rows = rng.integers(len(frames), size=batch)
+        rows = rng.integers(len(frames), size=batch_size)
         captions = [random.choice(t).format(random.choice(p)) for t, p in CAPTIONS.values()]
         with torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_amx_tile_supported()):
-            image = model.encode_image(normalize(frames[rows])).float()  # twice as fast with AMX
+            batch = np.stack([frames[i] for i in rows])  # uint8 (batch, SIZE, SIZE, 3)
+            image = model.encode_image(normalize(batch)).float()  # twice as fast with AMX
         image = F.normalize(image, dim=-1)  # (batch, 64)
         text = model.encode_text(tokenizer()(captions), normalize=True)  # (concepts, 64)
         logits = model.logit_scale.exp() * image @ text.T + model.logit_bias  # (batch, concepts)
@@ -505,8 +506,8 @@ def main(argv=None):
     sets, model = worlds_pictures(rng, looks), new_model()
     sets += new_pictures(pool, 1, "truth", looks, folder)
     for number, steps in enumerate(ROUNDS, 2):
-        frames, truth = map(np.concatenate, zip(*sets, strict=True))
-        sets = [(frames, truth)]  # the parts are forgotten: memory
+        frames = torch.utils.data.ConcatDataset([x for x, _ in sets])  # joined they would be twice
+        truth = np.concatenate([y for _, y in sets])
         print(f"training on {len(frames)} pictures", flush=True)
         fit(model, frames, truth, steps, 1.5e-3, rng)
         save(model, folder)
