@@ -28,7 +28,7 @@ def along(task, joint, points=101):
     x, states = np.linspace(*how.range, points), np.tile(state, (points, 1))
     states[:, how.qposadr[0]] = x
     if task in POSTURES:
-        states[:, 2] = [on_floor(model, qpos) for qpos in states]
+        states[:, 2] = on_floor(model, states)
     return states, x, "rad" if how.type[0] == mujoco.mjtJoint.mjJNT_HINGE else "m"
 
 

@@ -33,26 +33,29 @@ def posture(model, height=None, pitch=0, **degrees):
             joints = {name: 1}
         for joint, sign in joints.items():
             qpos[model.joint(joint).qposadr[0]] = np.radians(sign * angle)
-    qpos[2] = on_floor(model, qpos) if height is None else height
+    qpos[2] = on_floor(model, qpos[None])[0] if height is None else height
     return qpos
 
 
-def on_floor(model, qpos):
-    """The torso height, m, at which a humanoid in state qpos (nq,) touches the floor."""
-    data = mujoco.MjData(model)
-    data.qpos[:] = qpos
-    mujoco.mj_kinematics(model, data)
+def on_floor(model, states):
+    """The torso heights (n,), m, at which humanoids in states qpos (n, nq) touch the floor."""
+    data, heights = mujoco.MjData(model), []  # one for all: a new one takes longer than the rest
     radius, half_length = model.geom_size[1:, :2].T  # of capsules and balls; geom 0 is the floor
-    lowest = data.geom_xpos[1:, 2] - half_length * np.abs(data.geom_xmat[1:, 8]) - radius
-    return qpos[2] - lowest.min()
+    for qpos in states:
+        data.qpos[:] = qpos
+        mujoco.mj_kinematics(model, data)
+        lowest = data.geom_xpos[1:, 2] - half_length * np.abs(data.geom_xmat[1:, 8]) - radius
+        heights.append(qpos[2] - lowest.min())
+    return np.array(heights)
 
 
 def settle(model, states, controls, frame_skip=5):
     """From qpos (n, nq) at rest under controls (T, n, nu): all states, (T + 1, n, nq)."""
     controls = np.asarray(controls)
     path = np.empty((len(controls) + 1, *np.shape(states)))
+    data = mujoco.MjData(model)
     for i, qpos in enumerate(states):
-        data = mujoco.MjData(model)
+        mujoco.mj_resetData(model, data)
         data.qpos[:] = path[0, i] = qpos
         mujoco.mj_forward(model, data)
         for t in range(len(controls)):
@@ -77,8 +80,9 @@ def labelled_states(task, seed=0):
         goal = posture(model, **POSTURES[name])
         qpos = (1 - share) * stand + share * goal + rng.normal(0, noise, model.nq)
         qpos[3:7] /= np.linalg.norm(qpos[3:7])
-        qpos[2] = on_floor(model, qpos)
         start.append(qpos)
+    start = np.stack(start)
+    start[:, 2] = on_floor(model, start)
     low, high = model.actuator_ctrlrange.astype(np.float32).T
     controls = rng.uniform(low, high, (30, len(names), model.nu))
     controls[:8] = 0

@@ -474,7 +474,7 @@ def test_limbs_climb_to_a_pose_that_the_criterion_knows(task, limb, make, model)
     assert ((low <= hinges) & (hinges <= high)).all()
     stays = np.setdiff1d(np.arange(7, model.nq), model.jnt_qposadr[moves])
     assert np.abs(seen[:, stays] - start[0, stays]).max() < 0.5  # a little shaken: .1 rad
-    height = [on_floor(model, x) for x in seen[::100]]
+    height = on_floor(model, seen[::100])
     assert task == "arms-crossed" or np.allclose(seen[::100, 2], height)
     done = seen[criteria.goals(model, seen)[task]]
     assert len(done) > 20 and (done[:, model.jnt_qposadr[moves]].std(0) > 0.1).all()  # many ways
@@ -494,7 +494,7 @@ def test_one_limb_of_a_body_moves_anywhere_or_a_little(task, limb, make, model):
     right, left = sides
     assert (np.minimum(right, left) == 0).all() and (np.maximum(right, left) > 0).all()
     assert 150 < (right > 0).sum() < 250 and 150 < (right + left < 0.05).sum() < 250
-    height = [on_floor(model, x) for x in moved]
+    height = on_floor(model, moved)
     assert task == "hands-on-hips" or np.allclose(moved[:, 2], height)
     others = np.abs(moved - start)[:, 3:10].max()  # where the torso faces, the abdomen
     assert others < 1e-9

@@ -263,7 +263,7 @@ def shake(model, qpos, rng, hinges, tilts):
     qpos[:, 7:] = np.clip(qpos[:, 7:] + hinges * noise[:, 7:], low, high)
     qpos[:, 3:7] += tilts * noise[:, 3:7]
     qpos[:, 3:7] /= np.linalg.norm(qpos[:, 3:7], axis=1, keepdims=True)
-    qpos[:, 2] = [labelled.on_floor(model, x) for x in qpos]
+    qpos[:, 2] = labelled.on_floor(model, qpos)
     return qpos
 
 
