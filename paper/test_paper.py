@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ import evaluate
 import landscape
 import shared
 import sight
+import table1
 import truth
 import watch
 from PIL import Image
@@ -295,6 +297,50 @@ def test_evaluation_is_of_the_kept_and_of_the_last_policy(
     assert Image.open(folder / "film-judged.gif").n_frames == steps
 
 
+class Pool:  # in this process
+    def __init__(self, *args):
+        self.map = map
+
+    def submit(self, f, *args):
+        future = Future()
+        future.set_result(f(*args))
+        return future
+
+
+def test_table1_learns_once_and_shows_what_evaluation_finds(tmp_path, monkeypatch, capsys):
+    def judged(args):  # evaluate.py has tests of its own
+        kept = {"success": 0.9, "goal_states": 0.5, "hacked": 0.06, "auroc": 0.9876, "return": 12.3}
+        kept["success"] -= 0.2 * (args.reset_noise == 0.05)
+        assert args.run == tmp_path / "one-leg-3" and args.episodes == 100
+        return {"kept": kept, "last": kept | {"success": kept["success"] - 0.1}}
+
+    monkeypatch.setattr(table1, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(evaluate, "evaluate", judged)
+    monkeypatch.setattr(vlmrm, "finish", lambda cfg, folder, *_: (folder / "film.png").touch())
+    monkeypatch.setenv("TQDM_DISABLE", "")  # which main sets
+    argv = [str(tmp_path), "--tasks", "one-leg", "--seeds", "3", *SHORT[:-1]]
+    table1.main(argv)
+    folder, rows = tmp_path / "one-leg-3", (tmp_path / "table.md").read_text()
+    cfg = vlmrm.read_config(folder)
+    assert (cfg.prompt, cfg.seed, cfg.steps) == (criteria.TASKS["one-leg"].prompt, 3, 40)
+    assert rows.splitlines()[-1] == "| `one-leg` | 90% | 80% | 70% | 50% | 6% | 0.988 | 12.30 |"
+    assert capsys.readouterr().out.endswith(rows) and (folder / "last.pt").exists()
+
+    asked = []
+    monkeypatch.setattr(vlmrm, "main", asked.append)
+    table1.main(argv)  # all is learned
+    (folder / "film.png").unlink()
+    table1.main(argv)  # as if it had been interrupted
+    assert asked == [["--resume", str(folder)]] and (tmp_path / "table.md").read_text() == rows
+    with pytest.raises(sac.UsageError, match="takes --tasks and no prompt"):
+        table1.parse([str(tmp_path), "--prompt", "x"])
+
+
+def test_table1_has_the_seeds_of_a_task_side_by_side():
+    rows = table1.table({("b", 0): ["1%", "2%"], ("a", 0): ["3%", "4%"], ("b", 1): ["5%", "6%"]})
+    assert rows.splitlines()[2:] == ["| `b` | 1%, 5% | 2%, 6% |", "| `a` | 3% | 4% |"]
+
+
 def test_success_is_the_goal_in_half_of_the_steps():
     goal = np.array([[True, True], [True, False], [False, False], [False, False]])
     assert shared.success(goal) == 0.5
@@ -543,11 +589,6 @@ def test_make_collects_what_a_policy_sees(task, judged_by, steps, make, monkeypa
         np.testing.assert_allclose(score(visited), right, atol=1e-5)
 
 
-class Pool:  # in this process
-    def __init__(self, *args):
-        self.map = map
-
-
 def noise(make):
     """40 pictures and their truth."""
     rng = np.random.default_rng(0)
@@ -616,6 +657,8 @@ def test_every_command_of_the_readme_is_understood(command, make, monkeypatch):
         raise StopIteration
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", and_stop)
-    scripts = {x.__name__: x for x in (evaluate, compare, landscape, curve, watch, sight, make)}
+    scripts = {
+        x.__name__: x for x in (evaluate, compare, landscape, curve, watch, sight, table1, make)
+    }
     with pytest.raises(StopIteration):
         scripts[Path(program).stem].main(argv)

@@ -1,0 +1,88 @@
+"""Table 1 anew: learns every task with every seed, judges the policies, and prints the table.
+
+    python paper/table1.py runs/table1
+    python paper/table1.py runs/table1 --tasks kneeling one-leg --seeds 0 --jobs 1
+
+Lessons run two at a time (--jobs), 64,000 transitions for kneeling and 160,000 for the others; what
+is in the folder already is not learned again, and what was interrupted goes on. Other flags are
+those of vlmrm.py. The folder's table.md grows with every lesson.
+"""
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import criteria
+import evaluate
+import shared
+from states import POSTURES
+
+import sac
+import vlmrm
+
+HEAD = (
+    "| task | success: kept | last | noise | goal | hacked | AUROC | CLIP return |",
+    "|---|---|---|---|---|---|---|---|",
+)
+
+
+def lesson(folder, task, seed, others):
+    """Learn, with other flags of vlmrm.py, and judge: a lesson's numbers for the table."""
+    if not (folder / "film.png").exists():
+        steps = 64_000 if task == "kneeling" else 160_000
+        new = ["--prompt", criteria.TASKS[task].prompt, "--seed", str(seed), "--out", str(folder)]
+        begun = (folder / "config.json").exists()
+        asked = ["--resume", str(folder)] if begun else [*new, "--steps", str(steps), *others]
+        vlmrm.main(asked)
+    noisy = evaluate.evaluate(evaluate.parse([str(folder), "--reset-noise", "0.05"]))
+    usual = evaluate.evaluate(evaluate.parse([str(folder)]))  # eval.json is of the usual start
+    kept = usual["kept"]
+    shares = kept["success"], usual["last"]["success"], noisy["kept"]["success"]
+    shares = [f"{x:.0%}" for x in (*shares, kept["goal_states"], kept["hacked"])]
+    return [*shares, f"{kept['auroc']:.3f}", f"{kept['return']:.2f}"]
+
+
+def table(results):
+    """(task, seed) -> numbers, as Markdown: a row for each task, its seeds side by side."""
+    rows = list(HEAD)
+    for task in dict.fromkeys(task for task, _ in results):
+        found = [numbers for (name, _), numbers in results.items() if name == task]
+        rows.append(f"| `{task}` | {' | '.join(map(', '.join, zip(*found, strict=True)))} |")
+    return "\n".join(rows) + "\n"
+
+
+def parse(argv=None):
+    """The flags, and those of vlmrm.py."""
+    parser = shared.flags(__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--tasks", nargs="+", choices=POSTURES, default=list(POSTURES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2, help="lessons side by side")
+    args, others = parser.parse_known_args(argv)
+    taken = {"prompt", "env_id", "out", "resume"} & vlmrm.parse(others).keys()
+    if taken:
+        raise sac.UsageError(f"table1.py takes --tasks and no {', '.join(sorted(taken))}")
+    return args, others
+
+
+def main(argv=None):
+    """The command line."""
+    args, others = parse(argv)
+    os.environ["TQDM_DISABLE"] = "1"  # in the pool's processes
+    pool = ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"))
+    keys = [(task, seed) for seed in args.seeds for task in args.tasks]
+    jobs = {
+        pool.submit(lesson, args.folder / f"{task}-{seed}", task, seed, others): (task, seed)
+        for task, seed in keys
+    }
+    done = {}
+    for job in as_completed(jobs):
+        done[jobs[job]] = job.result()
+        text = table({key: done[key] for key in sorted(keys) if key in done})
+        vlmrm.save(args.folder / "table.md", text)
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    sac.run(main)
