@@ -3,12 +3,13 @@
     pip install -r paper/requirements.txt
     python tiny_clip/make.py        # hours on 2 slow cores, 20 GB; writes the folder
 
-Pictures show states from random rollouts, from poses dropped on the floor, from poses near
-kneeling, from policies while they learn as in a lesson: first on the simulator's own judgement,
-then, round after round, on the picture model itself; from bodies whose limbs climb from there, by
-the simulator's judgement and by the model's; and from the truest of all, with one limb moved. So
-the model sees, with true captions, many ways to do what is right, ways to do half of it, and
-exactly the pictures that would fool it. A last round only says how well it judges.
+Pictures show states of random rollouts, of poses dropped on the floor and of poses near kneeling.
+From there, for each task, limbs climb to what the simulator says is truer, and on the way there is
+seen what is right, in many ways, and what is nearly so; the truest are shown with one limb moved,
+too, and as they fall. So a first model is trained. Then policies learn on it as in a lesson, limbs
+climb from what these visit, also by the model's own reward, and a second model sees all of that,
+with true captions: exactly the pictures that fooled the first. Last, policies learn on this one,
+only to say how well it judges them.
 
 Every picture is compared with every caption (the sigmoid loss of SigLIP, arXiv 2303.15343). How
 true a caption is of a state is a log-odds in [-5.5, 1] that falls smoothly with the distance from
@@ -47,11 +48,9 @@ HERE = Path(__file__).resolve().parent
 SIZE = 64
 CONFIG = json.loads((HERE / "open_clip_config.json").read_text())  # the model's shape
 WORLDS = {criteria.HUMANOID: "kneeling", criteria.POLE: "cartpole"}
-ROUNDS = 3000, 5000, 14000  # steps of training, 192 pictures each, before each round of policies
-PICTURES = 10_000  # of each policy
+ROUNDS = (4000, 32_000), (14_000, 64_000)  # steps of training, then of each policy's lesson
+PICTURES = 8_000  # of each kind and task
 TASKS = list(labelled.POSTURES)  # the eight of Table 1
-# On the simulator's judgement these are not learned in a lesson's 64,000 steps.
-LATE = "arms-raised", "hands-on-hips", "one-leg", "arms-crossed"
 BY_ARM = "arms-raised", "hands-on-hips", "arms-crossed"
 ARM, LEG = ("shoulder1", "shoulder2", "elbow"), ("hip_x", "hip_z", "hip_y", "knee")
 
@@ -226,7 +225,7 @@ def near_kneeling(model, qpos, pitch, rng):
         qpos[:, knee] = np.clip(bend, np.radians(-158), np.radians(-4))
 
 
-def random_states(rng, n=64):
+def random_states(rng, n=48):
     """Random rollouts from standing, random poses, and poses near kneeling, each dropped on the
     floor, (many, nq)."""
     model, states = new_world("Humanoid-v5").sims[0].model, []
@@ -317,33 +316,24 @@ def evenly(task, model, states, rng, n):
 
 
 class Watched(vlmrm.World):
-    """A world that remembers the states that it showed: as pictures or, `blind`, as they are."""
+    """A world that remembers the states that it showed."""
 
-    def __init__(self, cfg, blind):
+    def __init__(self, cfg):
         super().__init__(cfg, cfg.num_envs, SIZE)
-        self.blind, self.seen = blind, []
+        self.seen = []
 
     def render(self):
         self.seen.append(shared.states_of(self))  # (num_envs, nq)
-        return self.seen[-1] if self.blind else super().render()
+        return super().render()
 
 
 def policy_states(job, looks, folder):
-    """PICTURES states (n, nq) that SAC visits while it learns as in a lesson, also in its tests:
-    job = (seed, task, judge). It learns on the simulator's log-odds of the task or, where judge is
-    "clip", on the picture model in `folder`."""
-    seed, task, judged_by = job
+    """PICTURES states (n, nq) that SAC visits while it learns on the model in `folder` as in a
+    lesson of so many steps, also in its tests: job = (seed, task, steps)."""
+    seed, task, steps = job
     torch.set_num_threads(1)  # two of these run side by side
-    steps = 128_000 if judged_by == "truth" and task in LATE else 64_000
     cfg = shared.configure(task, clip="tiny_clip", looks=looks, seed=seed, steps=steps)
-    world = Watched(cfg, blind=judged_by == "truth")
-    model = shared.model_of(world)
-
-    def label(states):
-        return torch.from_numpy(graded(task, model, states))
-
-    if judged_by == "clip":
-        label = vlmrm.CLIPReward(cfg.prompt, clip=str(folder))
+    world, label = Watched(cfg), vlmrm.CLIPReward(cfg.prompt, clip=str(folder))
     with tempfile.TemporaryDirectory() as run:
         vlmrm.train(cfg, Path(run), label, world, *shared.learner(cfg, world))  # Algorithm 1
         tests = curve.read(Path(run))["test"]
@@ -353,16 +343,16 @@ def policy_states(job, looks, folder):
 
 
 def task_pictures(job, looks, folder):
-    """Pictures, with their truth, of states that a task's policy visited, of limbs that climb from
-    these and from everyone's, and of the truest of all with one limb moved: job = (seed, task,
-    judge, states (n, nq), everyone's). They climb by the log-odds and, where judge is "clip", by
-    the reward of the model in `folder`."""
-    seed, task, judged_by, visited, everyone = job
+    """Pictures, with their truth, of states that were visited, of limbs that climb from these and
+    from everyone's, and of the truest of all, falling and with one limb moved: job = (seed, task,
+    states (n, nq), everyone's). They climb by the log-odds and, if there is a model in `folder`
+    already (None: there is not), by its reward."""
+    seed, task, visited, everyone = job
     torch.set_num_threads(1)
     rng, world = np.random.default_rng(seed), new_world(criteria.HUMANOID, looks)
     model, states = shared.model_of(world), [visited]
     climbs = [(PICTURES // 2, 150, lambda x: graded(task, model, x))]
-    if judged_by == "clip":
+    if folder:
         reward = vlmrm.CLIPReward(criteria.TASKS[task].prompt, clip=str(folder))
         climbs.append((PICTURES // 10, 60, lambda x: reward(labelled.pictures(world, x)).numpy()))
     for n, proposals, score in climbs:
@@ -372,6 +362,7 @@ def task_pictures(job, looks, folder):
     known = np.concatenate(states)
     best = known[np.argsort(-graded(task, model, known))[:PICTURES]]
     states.append(move_limb(task, model, best, rng, 0.4, 0))  # one side right, the other not
+    states.append(drop(model, draw_lots(rng, best, PICTURES // 3), rng, 12))
     return pictures(criteria.HUMANOID, np.concatenate(states), looks)
 
 
@@ -402,7 +393,7 @@ def weights():
     return torch.tensor([4.0 if c in goals else 1.0 for c in CONCEPTS])
 
 
-def fit(model, frames, truth, steps, lr, rng, batch_size=192):
+def fit(model, frames, truth, steps, lr, rng, batch_size=64):
     """Sigmoid contrastive training: every picture of the batch against one caption per concept."""
     groups = [
         {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.05},
@@ -483,15 +474,6 @@ def parse(argv=None):
     return parser.parse_args(argv)
 
 
-def new_pictures(pool, number, judged_by, looks, folder):
-    """A round: for each task pictures, with their truth, of a new policy and what climbs."""
-    jobs = [(100 * number + i, task, judged_by) for i, task in enumerate(TASKS)]
-    visited = list(pool.map(functools.partial(policy_states, looks=looks, folder=folder), jobs))
-    everyone = np.concatenate(visited)
-    jobs = [(*job, own, everyone) for job, own in zip(jobs, visited, strict=True)]
-    return list(pool.map(functools.partial(task_pictures, looks=looks, folder=folder), jobs))
-
-
 def main(argv=None):
     """The command line."""
     args = parse(argv)
@@ -500,40 +482,37 @@ def main(argv=None):
     os.environ["TQDM_DISABLE"] = "1"  # in the pool's processes
     random.seed(0)
     torch.manual_seed(0)
-    rng = np.random.default_rng(0)
+    rng, model = np.random.default_rng(0), new_model()
     pool = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"))
-    print("policies that learn on the simulator's judgement, random states, the pole", flush=True)
-    sets, model = worlds_pictures(rng, looks), new_model()
-    sets += new_pictures(pool, 1, "truth", looks, folder)
-    for number, steps in enumerate(ROUNDS, 2):
+    states, sets = random_states(rng), [pole_pictures(rng, looks)]
+    visited = [draw_lots(rng, states, PICTURES) for _ in TASKS]
+    for number, (steps, lesson) in enumerate(ROUNDS):
+        jobs = [(100 * number + i, task, visited[i]) for i, task in enumerate(TASKS)]
+        everyone, known = np.concatenate(visited), folder if number else None
+        shown = functools.partial(task_pictures, looks=looks, folder=known)
+        sets += pool.map(shown, [(*job, everyone) for job in jobs])
         frames = torch.utils.data.ConcatDataset([x for x, _ in sets])  # joined they would be twice
         truth = np.concatenate([y for _, y in sets])
         print(f"training on {len(frames)} pictures", flush=True)
         fit(model, frames, truth, steps, 1.5e-3, rng)
         save(model, folder)
         print("policies that learn on its reward, unseen by it:", flush=True)
-        new = new_pictures(pool, number, "clip", looks, folder)
-        for task, pair in zip(TASKS, new, strict=True):
-            report(folder, task, *(x[:PICTURES] for x in pair))  # the visited ones
-        sets += new  # the last are only judged
+        learn = functools.partial(policy_states, looks=looks, folder=folder)
+        visited = list(pool.map(learn, [(*job[:2], lesson) for job in jobs]))
+        for task, seen in zip(TASKS, visited, strict=True):
+            report(folder, task, *pictures(criteria.HUMANOID, seen, looks))
     for width in args.siblings:
         print(f"training width {width}", flush=True)
         CONFIG["model_cfg"]["vision_cfg"]["width"] = width
         model = new_model()
-        fit(model, frames, truth, sum(ROUNDS), 1.5e-3, rng)
+        fit(model, frames, truth, sum(x for x, _ in ROUNDS), 1.5e-3, rng)
         save(model, folder / f"width-{width}")
 
 
-def worlds_pictures(rng, looks):
-    """Pictures with their truth of random states of the two worlds."""
-    states = random_states(rng)
+def pole_pictures(rng, looks):
+    """9,000 pictures of the cart-pole, with their truth."""
     angle = np.clip(rng.normal(0, rng.choice([0.1, 0.5, 1.2], 9000)), -1.6, 1.6)
-    cart = np.stack([rng.uniform(-1, 1, 9000), angle], 1)
-    humanoid = states[rng.choice(len(states), 40_000, replace=False)]
-    return [
-        pictures("Humanoid-v5", humanoid, looks),
-        pictures("InvertedPendulum-v5", cart, looks),
-    ]
+    return pictures(criteria.POLE, np.stack([rng.uniform(-1, 1, 9000), angle], 1), looks)
 
 
 if __name__ == "__main__":
