@@ -239,7 +239,7 @@ HUMANOID = {  # the 45 numbers that remain are the state, but for where it stand
     f"include_{part}_in_observation": False
     for part in ("cinert", "cvel", "qfrc_actuator", "cfrc_ext")
 } | {"terminate_when_unhealthy": False}
-PLAIN = dict(distance=2.8, azimuth=180, elevation=-15, lookat=(0, 0, 0.75))  # and torso's x, y
+PLAIN = dict(distance=2.8, azimuth=155, elevation=-15, lookat=(0, 0, 0.75))  # and torso's x, y
 CAMERAS = {  # of the tasks and looks that are dressed; all else is as Gymnasium draws it
     "Humanoid-v5 plain": PLAIN,
     "Humanoid-v5 paper": dict(distance=3.5, azimuth=180, elevation=-10, lookat=(0, 0, 1)),

@@ -50,13 +50,11 @@ def kneeling(robot):
 
 def lotus(robot):
     """Seated, knees down and outwards, feet in front and further inwards, (N,)."""
-    up, _, _, pelvis = heights(robot)
     knee = robot.pelvis.outwards(robot.shin.centre)
     foot = robot.pelvis.outwards(robot.foot)
     ahead = dot(robot.foot - robot.pelvis.centre, robot.torso.front)
     legs = above(robot.knee, 0.08, 6) + below(knee, 0.22, 4) + above(foot - knee, -0.13, 4)
-    seat = above(pelvis, 0.17, 12) + below(up, 0.85, 4)  # not on its own feet
-    return seat + legs.sum(1) + below(ahead.min(1), 0.12, 6)
+    return seated(robot) + legs.sum(1) + below(ahead.min(1), 0.2, 6)
 
 
 def splits(robot):
