@@ -1,7 +1,7 @@
 """Makes tiny_clip, a small CLIP that knows two worlds, from captions that simulators decide.
 
     pip install -r paper/requirements.txt
-    python tiny_clip/make.py        # hours on 2 slow cores, 20 GB; writes the folder
+    python tiny_clip/make.py        # two hours on 2 slow cores, 20 GB; writes the folder
 
 Pictures show states of random rollouts, of poses dropped on the floor and of poses near kneeling.
 From there, for each task, limbs climb to what the simulator says is truer, and on the way there is
