@@ -568,10 +568,9 @@ def test_make_collects_what_a_policy_sees(task, folder, make, monkeypatch):
         return drop(model, qpos, rng, steps)
 
     monkeypatch.setattr(shared, "configure", short)
-    monkeypatch.setattr(make, "climb", short_climb)
-    monkeypatch.setattr(make, "move_limb", watched)
-    monkeypatch.setattr(make, "drop", watched_drop)
-    monkeypatch.setattr(make, "PICTURES", 20)
+    instead = dict(climb=short_climb, move_limb=watched, drop=watched_drop, PICTURES=20)
+    for name, value in instead.items():
+        monkeypatch.setattr(make, name, value)
     visited = make.policy_states((7, task, 32_000), "plain", vlmrm.TINY_CLIP)
     assert asked[0] == 32_000  # 12 and 2 episodes of the test: 18 states, and each once
     assert len(np.unique(visited, axis=0)) == len(visited) == 18
@@ -611,9 +610,6 @@ def test_make_runs_from_pictures_to_siblings(make, tmp_path, monkeypatch, capsys
         assert seed < 100 if folder is None else (visited == seed).all()  # of the round before
         return np.roll(frames, seed, 0), np.roll(odds, seed, 0)
 
-    def pictures(env_id, states, looks):
-        return frames[: len(states)], odds[: len(states)]
-
     def short_fit(net, seen, known, *how):
         for i in range(0, len(seen), 29):  # each picture beside its own truth
             assert (known[i] == odds[(seen[i] == frames).all((1, 2, 3))]).all()
@@ -625,7 +621,7 @@ def test_make_runs_from_pictures_to_siblings(make, tmp_path, monkeypatch, capsys
     monkeypatch.setenv("TQDM_DISABLE", "")  # which main sets
     short = dict(policy_states=policy_states, task_pictures=task_pictures, fit=short_fit)
     short |= dict(ProcessPoolExecutor=Pool, ROUNDS=((4, 32), (4, 64)), HERE=tmp_path, PICTURES=30)
-    short |= dict(pole_pictures=lambda rng, looks: (frames, odds), pictures=pictures)
+    short |= dict(pole_pictures=lambda *_: (frames, odds), pictures=lambda *_: (frames, odds))
     short |= dict(random_states=lambda rng: np.zeros((99, 24)))
     for name, value in short.items():
         monkeypatch.setattr(make, name, value)
@@ -633,12 +629,11 @@ def test_make_runs_from_pictures_to_siblings(make, tmp_path, monkeypatch, capsys
     make.main(["--looks", "paper", "--siblings", "8"])
     assert asked == [(32, "paper")] * 8 + [(64, "paper")] * 8
     out = capsys.readouterr().out  # 40 of each task twice, and of the pole
-    assert "training on 680 pictures" in out and "one-leg, states of a policy unseen: 30" in out
+    assert "training on 680 pictures" in out and "one-leg, states of a policy unseen: 40" in out
     folder = tmp_path / "looks-paper"
     config = json.loads((folder / "open_clip_config.json").read_text())
     assert config == json.loads((vlmrm.TINY_CLIP / "open_clip_config.json").read_text())
-    folders = str(folder), str(folder / "width-8")
-    models = [vlmrm.CLIPReward("a humanoid robot kneeling", clip=x) for x in folders]
+    models = [vlmrm.CLIPReward("a robot", clip=str(x)) for x in (folder, folder / "width-8")]
     whole, small = (sum(p.numel() for p in model.parameters()) for model in models)
     assert 2 * small < whole
 
