@@ -215,7 +215,9 @@ def test_settling_is_gymnasiums_physics(humanoid):
     sim, actions = humanoid.sims[0], np.random.default_rng(0).uniform(-0.4, 0.4, (4, 1, 17))
     start = shared.states_of(humanoid)
     sim.set_state(start[0], np.zeros(23))
-    path = settle(sim.model, start, actions)
+    path = settle(sim.model, np.tile(start, (2, 1)), np.tile(actions, (1, 2, 1)))
+    assert (path[:, 0] == path[:, 1]).all()  # the second body, too, starts at rest
+    path = path[:, :1]
     for action, expected in zip(np.float32(actions / 0.4), path[1:], strict=True):  # of its range
         humanoid.step(action)
         np.testing.assert_allclose(shared.states_of(humanoid), expected, atol=1e-6)
