@@ -33,8 +33,8 @@ def lesson(folder, task, seed, others):
         steps = 64_000 if task == "kneeling" else 160_000
         new = ["--prompt", criteria.TASKS[task].prompt, "--seed", str(seed), "--out", str(folder)]
         begun = (folder / "config.json").exists()
-        asked = ["--resume", str(folder)] if begun else [*new, "--steps", str(steps), *others]
-        vlmrm.main(asked)
+        asked = ["--resume", str(folder)] if begun else [*new, "--steps", str(steps)]
+        vlmrm.main([*asked, *others])
     noisy = evaluate.evaluate(evaluate.parse([str(folder), "--reset-noise", "0.05"]))
     usual = evaluate.evaluate(evaluate.parse([str(folder)]))  # eval.json is of the usual start
     kept = usual["kept"]
@@ -63,6 +63,8 @@ def parse(argv=None):
     taken = {"prompt", "env_id", "out", "resume"} & vlmrm.parse(others).keys()
     if taken:
         raise sac.UsageError(f"table1.py takes --tasks and no {', '.join(sorted(taken))}")
+    if args.jobs < 1:
+        raise sac.UsageError(f"--jobs must be at least 1, not {args.jobs}")
     return args, others
 
 
@@ -79,7 +81,7 @@ def main(argv=None):
     done = {}
     for job in as_completed(jobs):
         done[jobs[job]] = job.result()
-        text = table({key: done[key] for key in sorted(keys) if key in done})
+        text = table({key: done[key] for key in keys if key in done})
         vlmrm.save(args.folder / "table.md", text)
     print(text, end="")
 

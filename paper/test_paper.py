@@ -333,9 +333,14 @@ def test_table1_learns_once_and_shows_what_evaluation_finds(tmp_path, monkeypatc
     table1.main(argv)  # all is learned
     (folder / "film.png").unlink()
     table1.main(argv)  # as if it had been interrupted
-    assert asked == [["--resume", str(folder)]] and (tmp_path / "table.md").read_text() == rows
+    assert (
+        asked == [["--resume", str(folder), *SHORT[:-1]]]
+        and (tmp_path / "table.md").read_text() == rows
+    )
     with pytest.raises(sac.UsageError, match="takes --tasks and no prompt"):
         table1.parse([str(tmp_path), "--prompt", "x"])
+    with pytest.raises(sac.UsageError, match="--jobs must be at least 1, not 0"):
+        table1.parse([str(tmp_path), "--jobs", "0"])
 
 
 def test_table1_has_the_seeds_of_a_task_side_by_side():
