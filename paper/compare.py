@@ -3,7 +3,7 @@ from others, as EPIC distance and AUROC on fixed states that the simulator label
 
     python paper/compare.py --task kneeling
     python paper/compare.py --task kneeling --prompt "a robot on its knees" "kneeling"
-    python paper/compare.py --task kneeling --clip tiny_clip tiny_clip/width-8 --looks plain
+    python paper/compare.py --task kneeling --clip tiny_clip --looks paper
 """
 
 from dataclasses import replace

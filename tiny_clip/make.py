@@ -166,9 +166,9 @@ CONCEPTS = list(CAPTIONS)
 # ---- the states ----
 
 
-def new_world(env_id, looks="plain"):
+def new_world(env_id):
     """One simulation with pictures for the model."""
-    return vlmrm.World(shared.configure(WORLDS[env_id], clip="tiny_clip", looks=looks), 1, SIZE)
+    return vlmrm.World(shared.configure(WORLDS[env_id], clip="tiny_clip"), 1, SIZE)
 
 
 def judge(env_id, states):
@@ -179,9 +179,9 @@ def judge(env_id, states):
     return np.stack([known.get(c, false) for c in CONCEPTS], 1).astype(np.float32)
 
 
-def pictures(env_id, states, looks="plain"):
+def pictures(env_id, states):
     """(frames uint8 (n, SIZE, SIZE, 3), truth (n, concepts)) of states (n, nq)."""
-    frames = labelled.pictures(new_world(env_id, looks), states)
+    frames = labelled.pictures(new_world(env_id), states)
     return frames, judge(env_id, states)
 
 
@@ -327,12 +327,12 @@ class Watched(vlmrm.World):
         return super().render()
 
 
-def policy_states(job, looks, folder):
+def policy_states(job, folder):
     """PICTURES states (n, nq) that SAC visits while it learns on the model in `folder` as in a
     lesson of so many steps, also in its tests: job = (seed, task, steps)."""
     seed, task, steps = job
     torch.set_num_threads(1)  # two of these run side by side
-    cfg = shared.configure(task, clip="tiny_clip", looks=looks, seed=seed, steps=steps)
+    cfg = shared.configure(task, clip="tiny_clip", seed=seed, steps=steps)
     world, label = Watched(cfg), vlmrm.CLIPReward(cfg.prompt, clip=str(folder))
     with tempfile.TemporaryDirectory() as run:
         vlmrm.train(cfg, Path(run), label, world, *shared.learner(cfg, world))  # Algorithm 1
@@ -342,14 +342,14 @@ def policy_states(job, looks, folder):
     return draw_lots(np.random.default_rng(seed), np.concatenate(world.seen), PICTURES)
 
 
-def task_pictures(job, looks, folder):
+def task_pictures(job, folder):
     """Pictures, with their truth, of states that were visited, of limbs that climb from these and
     from everyone's, and of the truest of all, falling and with one limb moved: job = (seed, task,
     states (n, nq), everyone's). They climb by the log-odds and, if there is a model in `folder`
     already (None: there is not), by its reward."""
     seed, task, visited, everyone = job
     torch.set_num_threads(1)
-    rng, world = np.random.default_rng(seed), new_world(criteria.HUMANOID, looks)
+    rng, world = np.random.default_rng(seed), new_world(criteria.HUMANOID)
     model, states = shared.model_of(world), [visited]
     climbs = [(PICTURES // 2, 150, lambda x: graded(task, model, x))]
     if folder:
@@ -363,7 +363,7 @@ def task_pictures(job, looks, folder):
     best = known[np.argsort(-graded(task, model, known))[:PICTURES]]
     states.append(move_limb(task, model, best, rng, 0.4, 0))  # one side right, the other not
     states.append(drop(model, draw_lots(rng, best, PICTURES // 3), rng, 12))
-    return pictures(criteria.HUMANOID, np.concatenate(states), looks)
+    return pictures(criteria.HUMANOID, np.concatenate(states))
 
 
 # ---- the training ----
@@ -453,66 +453,38 @@ def report(folder, concept, frames, truth):
     )
 
 
-def parse(argv=None):
-    """The flags."""
-    parser = shared.flags(__doc__)
-    parser.add_argument(
-        "--siblings",
-        type=int,
-        nargs="+",
-        default=[],
-        help="also make models of these widths (tiny_clip's is 16) from the same "
-        "pictures, in tiny_clip/width-...: for comparisons",
-    )
-    parser.add_argument(
-        "--looks",
-        choices=("paper", "plain", "original"),
-        default="plain",
-        help="how the pictures are drawn; other than plain makes another model, in "
-        "tiny_clip/looks-...",
-    )
-    return parser.parse_args(argv)
-
-
 def main(argv=None):
     """The command line."""
-    args = parse(argv)
-    looks, folder = args.looks, HERE if args.looks == "plain" else HERE / f"looks-{args.looks}"
+    shared.flags(__doc__).parse_args(argv)
     sac.use_onednn()
     os.environ["TQDM_DISABLE"] = "1"  # in the pool's processes
     random.seed(0)
     torch.manual_seed(0)
     rng, model = np.random.default_rng(0), new_model()
     pool = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"))
-    states, sets = random_states(rng), [pole_pictures(rng, looks)]
+    states, sets = random_states(rng), [pole_pictures(rng)]
     visited = [draw_lots(rng, states, PICTURES) for _ in TASKS]
     for number, (steps, lesson) in enumerate(ROUNDS):
         jobs = [(100 * number + i, task, visited[i]) for i, task in enumerate(TASKS)]
-        everyone, known = np.concatenate(visited), folder if number else None
-        shown = functools.partial(task_pictures, looks=looks, folder=known)
+        everyone, known = np.concatenate(visited), HERE if number else None
+        shown = functools.partial(task_pictures, folder=known)
         sets += pool.map(shown, [(*job, everyone) for job in jobs])
         frames = torch.utils.data.ConcatDataset([x for x, _ in sets])  # joined they would be twice
         truth = np.concatenate([y for _, y in sets])
         print(f"training on {len(frames)} pictures", flush=True)
         fit(model, frames, truth, steps, 1.5e-3, rng)
-        save(model, folder)
+        save(model, HERE)
         print("policies that learn on its reward, unseen by it:", flush=True)
-        learn = functools.partial(policy_states, looks=looks, folder=folder)
+        learn = functools.partial(policy_states, folder=HERE)
         visited = list(pool.map(learn, [(*job[:2], lesson) for job in jobs]))
         for task, seen in zip(TASKS, visited, strict=True):
-            report(folder, task, *pictures(criteria.HUMANOID, seen, looks))
-    for width in args.siblings:
-        print(f"training width {width}", flush=True)
-        CONFIG["model_cfg"]["vision_cfg"]["width"] = width
-        model = new_model()
-        fit(model, frames, truth, sum(x for x, _ in ROUNDS), 1.5e-3, rng)
-        save(model, folder / f"width-{width}")
+            report(HERE, task, *pictures(criteria.HUMANOID, seen))
 
 
-def pole_pictures(rng, looks):
+def pole_pictures(rng):
     """9,000 pictures of the cart-pole, with their truth."""
     angle = np.clip(rng.normal(0, rng.choice([0.1, 0.5, 1.2], 9000)), -1.6, 1.6)
-    return pictures(criteria.POLE, np.stack([rng.uniform(-1, 1, 9000), angle], 1), looks)
+    return pictures(criteria.POLE, np.stack([rng.uniform(-1, 1, 9000), angle], 1))
 
 
 if __name__ == "__main__":
