@@ -681,8 +681,9 @@ class Malice:
 
 def test_files_of_others_are_refused_and_run_nothing(brief):
     run(*TOY, "--out run")
-    with pytest.raises(UsageError, match="'prompt': 'pole'} start a new run"):
-        run("--resume run --prompt pole")
+    for other in ("--prompt pole", f"--clip {TINY_CLIP}"):
+        with pytest.raises(UsageError, match="other settings; for .* start a new run"):
+            run(f"--resume run {other}")
     last, saved = Path("run/last.pt"), load("run")
     for changed in ({"agent": Malice()}, {"replay": []}, None):
         torch.save(saved | changed, last) if changed else last.write_bytes(b"PK")

@@ -188,7 +188,7 @@ class WithCLIPReward(gym.wrappers.TransformReward):
 
     def __init__(self, env, reward):
         gym.utils.RecordConstructorArgs.__init__(self, reward=reward, _disable_deepcopy=True)
-        super().__init__(drawing(env), lambda _: reward([draw(env)]).item())
+        super().__init__(drawing(env), lambda _: reward(draw(env)[None]).item())
 
 
 class WithCLIPRewards(gym.wrappers.vector.TransformReward):
@@ -373,7 +373,7 @@ class Config:
     reward_std: float = setting(0.3, "of scaled rewards (paper: 0, they and obs as they are)")
 
     def __post_init__(self):
-        self.learning_starts = min(self.learning_starts, self.steps // 2)
+        self.learning_starts = min(self.learning_starts, self.steps // 2 or 1)
         if self.alpha > 0 and self.baseline == Config.baseline and self.env_id != Config.env_id:
             raise UsageError(f"--alpha needs a --baseline: what a picture of {self.env_id} shows")
         if self.looks not in ("paper", "plain", "original"):
@@ -475,7 +475,7 @@ def resume(cfg, folder, agent, replay):
         run = argparse.Namespace(**saved["run"])
     except Exception as error:  # torch raises many kinds
         raise UsageError(f"{path} is damaged or another run's ({str(error)[:200]})") from error
-    if {"prompt", "baseline", "alpha", "looks"}.intersection(changed):
+    if changed.keys() & "prompt baseline alpha looks clip env_id".split():
         raise UsageError(f"{path} holds rewards of other settings; for {changed} start a new run")
     if changed:
         print(f"changed after {run.step} transitions: {changed}")
@@ -574,7 +574,7 @@ def parse(argv):
         parser.add_argument(f"--{x.name.replace('_', '-')}", type=x.type, help=text)
     parser.add_argument("--paper", action="store_true", help="learn as in appendix C.2")
     parser.add_argument("--out", help="the run's folder (default: runs/<prompt>)")
-    parser.add_argument("--resume", type=Path, help="a run's folder: go on; settings may change")
+    parser.add_argument("--resume", type=Path, help="a run's folder: go on; more --steps, say")
     return vars(parser.parse_args(argv))
 
 

@@ -4,6 +4,8 @@ reward with the simulator's labels. It lets Python find vlmrm.py, one folder up.
 import argparse
 import inspect
 import math
+import multiprocessing
+import os
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -47,6 +49,12 @@ def model_of(world):
 def states_of(world):
     """qpos of all simulations as they are now, (N, nq)."""
     return np.stack([sim.data.qpos for sim in world.sims])
+
+
+def pool(processes):
+    """Quiet processes that end with the `with` block, however that is left, also by Ctrl-C."""
+    os.environ["TQDM_DISABLE"] = "1"  # read when they import tqdm
+    return multiprocessing.get_context("spawn").Pool(processes, sac.use_onednn)
 
 
 def flags(doc):

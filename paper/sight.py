@@ -5,7 +5,8 @@
     python paper/sight.py --task one-leg --reward criterion --steps 256000 --seed 1
 
 Its other flags are those of vlmrm.py that are about learning. The folder, runs/sight-TASK, is a
-run's: evaluate.py says what tiny_clip would have paid for these policies.
+run's: evaluate.py says what tiny_clip would have paid for these policies. Do not go on with it by
+vlmrm.py --resume, which would add rewards from pictures.
 """
 
 import argparse
@@ -52,7 +53,6 @@ def parse(argv):
 def main(argv=None):
     """The command line."""
     task, reward, out, cfg = parse(argv)
-    sac.use_onednn()
     torch.set_num_threads(1)  # as vlmrm.py does for so small networks
     world, tests = Sight(cfg, cfg.num_envs), Sight(cfg, 100)
     label = teacher(task, reward, shared.model_of(world))

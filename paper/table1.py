@@ -5,12 +5,11 @@
 
 Lessons run two at a time (--jobs), 64,000 transitions for kneeling and 160,000 for the others; what
 is in the folder already is not learned again, and what was interrupted goes on. Other flags are
-those of vlmrm.py. The folder's table.md grows with every lesson.
+those of vlmrm.py (beside a GPU: --clip tiny_clip, or --steps 10000000 --jobs 1). The folder's
+table.md grows with every lesson.
 """
 
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 
 import criteria
@@ -27,20 +26,24 @@ HEAD = (
 )
 
 
-def lesson(folder, task, seed, others):
-    """Learn, with other flags of vlmrm.py, and judge: a lesson's numbers for the table."""
+def lesson(key, folder, others):
+    """Learn key = (task, seed), with other flags of vlmrm.py, and judge: the key, and the lesson's
+    numbers for the table."""
+    (task, seed), folder = key, folder / "{}-{}".format(*key)
     if not (folder / "film.png").exists():
         steps = 64_000 if task == "kneeling" else 160_000
         new = ["--prompt", criteria.TASKS[task].prompt, "--seed", str(seed), "--out", str(folder)]
         begun = (folder / "config.json").exists()
-        asked = ["--resume", str(folder)] if begun else [*new, "--steps", str(steps)]
-        vlmrm.main([*asked, *others])
+        asked = [*new, "--steps", str(steps), *others]
+        if begun:  # config.json has what --paper stands for
+            asked = ["--resume", str(folder), *(x for x in others if x != "--paper")]
+        vlmrm.main(asked)
     noisy = evaluate.evaluate(evaluate.parse([str(folder), "--reset-noise", "0.05"]))
     usual = evaluate.evaluate(evaluate.parse([str(folder)]))  # eval.json is of the usual start
     kept = usual["kept"]
     shares = kept["success"], usual["last"]["success"], noisy["kept"]["success"]
     shares = [f"{x:.0%}" for x in (*shares, kept["goal_states"], kept["hacked"])]
-    return [*shares, f"{kept['auroc']:.3f}", f"{kept['return']:.2f}"]
+    return key, [*shares, f"{kept['auroc']:.3f}", f"{kept['return']:.2f}"]
 
 
 def table(results):
@@ -71,18 +74,13 @@ def parse(argv=None):
 def main(argv=None):
     """The command line."""
     args, others = parse(argv)
-    os.environ["TQDM_DISABLE"] = "1"  # in the pool's processes
-    pool = ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"))
-    keys = [(task, seed) for seed in args.seeds for task in args.tasks]
-    jobs = {
-        pool.submit(lesson, args.folder / f"{task}-{seed}", task, seed, others): (task, seed)
-        for task, seed in keys
-    }
-    done = {}
-    for job in as_completed(jobs):
-        done[jobs[job]] = job.result()
-        text = table({key: done[key] for key in keys if key in done})
-        vlmrm.save(args.folder / "table.md", text)
+    keys, done = [(task, seed) for seed in args.seeds for task in args.tasks], {}
+    with shared.pool(args.jobs) as pool:
+        learn = partial(lesson, folder=args.folder, others=others)
+        for key, numbers in pool.imap_unordered(learn, keys):
+            done[key] = numbers
+            text = table({key: done[key] for key in keys if key in done})
+            vlmrm.save(args.folder / "table.md", text)
     print(text, end="")
 
 

@@ -2,13 +2,17 @@
 short real runs. Run: pytest paper"""
 
 import argparse
+import contextlib
 import json
 import math
 import os
 import re
 import shlex
 import shutil
-from concurrent.futures import Future
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -299,14 +303,10 @@ def test_evaluation_is_of_the_kept_and_of_the_last_policy(
     assert Image.open(folder / "film-judged.gif").n_frames == steps
 
 
-class Pool:  # in this process
-    def __init__(self, *args):
-        self.map = map
-
-    def submit(self, f, *args):
-        future = Future()
-        future.set_result(f(*args))
-        return future
+@contextlib.contextmanager
+def pool(processes):
+    """In this process."""
+    yield SimpleNamespace(map=lambda f, jobs: list(map(f, jobs)), imap_unordered=map)
 
 
 def test_table1_learns_once_and_shows_what_evaluation_finds(tmp_path, monkeypatch, capsys):
@@ -316,10 +316,9 @@ def test_table1_learns_once_and_shows_what_evaluation_finds(tmp_path, monkeypatc
         assert args.run == tmp_path / "one-leg-3" and args.episodes == 100
         return {"kept": kept, "last": kept | {"success": kept["success"] - 0.1}}
 
-    monkeypatch.setattr(table1, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(shared, "pool", pool)
     monkeypatch.setattr(evaluate, "evaluate", judged)
     monkeypatch.setattr(vlmrm, "finish", lambda cfg, folder, *_: (folder / "film.png").touch())
-    monkeypatch.setenv("TQDM_DISABLE", "")  # which main sets
     argv = [str(tmp_path), "--tasks", "one-leg", "--seeds", "3", *SHORT[:-1]]
     table1.main(argv)
     folder, rows = tmp_path / "one-leg-3", (tmp_path / "table.md").read_text()
@@ -332,15 +331,30 @@ def test_table1_learns_once_and_shows_what_evaluation_finds(tmp_path, monkeypatc
     monkeypatch.setattr(vlmrm, "main", asked.append)
     table1.main(argv)  # all is learned
     (folder / "film.png").unlink()
-    table1.main(argv)  # as if it had been interrupted
-    assert (
-        asked == [["--resume", str(folder), *SHORT[:-1]]]
-        and (tmp_path / "table.md").read_text() == rows
-    )
+    table1.main([*argv, "--paper"])  # as if it had been interrupted
+    assert asked == [["--resume", str(folder), *SHORT[:-1]]]  # config.json knows of --paper
+    assert (tmp_path / "table.md").read_text() == rows
     with pytest.raises(sac.UsageError, match="takes --tasks and no prompt"):
         table1.parse([str(tmp_path), "--prompt", "x"])
     with pytest.raises(sac.UsageError, match="--jobs must be at least 1, not 0"):
         table1.parse([str(tmp_path), "--jobs", "0"])
+
+
+def test_when_table1_is_stopped_no_lesson_goes_on(tmp_path):
+    argv = [Path(table1.__file__), tmp_path, "--jobs", "1", *SHORT[:-1], "--steps", "9999999"]
+    program = subprocess.Popen([sys.executable, *argv], start_new_session=True)
+    try:
+        until = time.monotonic() + 100
+        while not (tmp_path / "kneeling-0/last.pt").exists() and time.monotonic() < until:
+            time.sleep(0.1)
+        program.send_signal(signal.SIGTERM)  # to this process only
+        assert program.wait(20) == 130
+        time.sleep(2)
+        with pytest.raises(ProcessLookupError):
+            os.killpg(program.pid, 0)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(program.pid, signal.SIGKILL)
 
 
 def test_table1_has_the_seeds_of_a_task_side_by_side():
@@ -625,9 +639,9 @@ def test_make_runs_from_pictures_to_a_folder(make, tmp_path, monkeypatch, capsys
         pairs = zip(net.parameters(), before, strict=True)
         assert not any((p == q).all() for p, q in pairs if p.ndim > 1)  # all learns
 
-    monkeypatch.setenv("TQDM_DISABLE", "")  # which main sets
+    monkeypatch.setattr(shared, "pool", pool)
     short = dict(policy_states=policy_states, task_pictures=task_pictures, fit=short_fit)
-    short |= dict(ProcessPoolExecutor=Pool, ROUNDS=((4, 32), (4, 64)), HERE=tmp_path, PICTURES=30)
+    short |= dict(ROUNDS=((4, 32), (4, 64)), HERE=tmp_path, PICTURES=30)
     short |= dict(pole_pictures=lambda *_: (frames, odds), pictures=lambda *_: (frames, odds))
     short |= dict(random_states=lambda rng: np.zeros((99, 24)))
     for name, value in short.items():

@@ -1,15 +1,16 @@
 """Makes tiny_clip, a small CLIP that knows two worlds, from captions that simulators decide.
 
-    pip install -r paper/requirements.txt
-    python tiny_clip/make.py        # two hours on 2 slow cores, 20 GB; writes the folder
+    pip install -r requirements.txt
+    python tiny_clip/make.py    # two hours on 2 slow cores, 20 GB; overwrites the folder's weights
 
-Pictures show states of random rollouts, of poses dropped on the floor and of poses near kneeling.
+Pictures show states of random rollouts, of poses dropped on the floor, of poses near kneeling and
+of bodies on the way to each task's posture.
 From there, for each task, limbs climb to what the simulator says is truer, and on the way there is
 seen what is right, in many ways, and what is nearly so; the truest are shown with one limb moved,
 too, and as they fall. So a first model is trained. Then policies learn on it as in a lesson, limbs
-climb from what these visit, also by the model's own reward, and a second model sees all of that,
-with true captions: exactly the pictures that fooled the first. Last, policies learn on this one,
-only to say how well it judges them.
+climb from what these visit, also by the model's own reward, and training goes on with all of that,
+with true captions: exactly the pictures that fooled the model. Last, policies learn on it once
+more, only to say how well it judges them.
 
 Every picture is compared with every caption (the sigmoid loss of SigLIP, arXiv 2303.15343). How
 true a caption is of a state is a log-odds in [-5.5, 1] that falls smoothly with the distance from
@@ -19,12 +20,9 @@ climb it.
 
 import functools
 import json
-import multiprocessing
-import os
 import random
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import mujoco
@@ -226,8 +224,8 @@ def near_kneeling(model, qpos, pitch, rng):
 
 
 def random_states(rng, n=48):
-    """Random rollouts from standing, random poses, and poses near kneeling, each dropped on the
-    floor, (many, nq)."""
+    """Random rollouts from standing, random poses, poses near kneeling, and bodies on the way to
+    each task's posture, each dropped on the floor, (many, nq)."""
     model, states = new_world("Humanoid-v5").sims[0].model, []
     low, high = model.jnt_range[1:].T
     for kind in ["stand"] * 12 + ["pose"] * 24 + ["kneel"] * 40 + [*labelled.POSTURES] * 5:
@@ -456,12 +454,15 @@ def report(folder, concept, frames, truth):
 def main(argv=None):
     """The command line."""
     shared.flags(__doc__).parse_args(argv)
-    sac.use_onednn()
-    os.environ["TQDM_DISABLE"] = "1"  # in the pool's processes
     random.seed(0)
     torch.manual_seed(0)
     rng, model = np.random.default_rng(0), new_model()
-    pool = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"))
+    with shared.pool(2) as pool:
+        make(model, rng, pool)
+
+
+def make(model, rng, pool):
+    """Train the model in rounds, on more pictures each, and save it."""
     states, sets = random_states(rng), [pole_pictures(rng)]
     visited = [draw_lots(rng, states, PICTURES) for _ in TASKS]
     for number, (steps, lesson) in enumerate(ROUNDS):
@@ -476,7 +477,7 @@ def main(argv=None):
         save(model, HERE)
         print("policies that learn on its reward, unseen by it:", flush=True)
         learn = functools.partial(policy_states, folder=HERE)
-        visited = list(pool.map(learn, [(*job[:2], lesson) for job in jobs]))
+        visited = pool.map(learn, [(*job[:2], lesson) for job in jobs])
         for task, seen in zip(TASKS, visited, strict=True):
             report(HERE, task, *pictures(criteria.HUMANOID, seen))
 
