@@ -305,26 +305,30 @@ def test_evaluation_is_of_the_kept_and_of_the_last_policy(
 
 @contextlib.contextmanager
 def pool(processes):
-    """In this process."""
-    yield SimpleNamespace(map=lambda f, jobs: list(map(f, jobs)), imap_unordered=map)
+    """In this process; the last one ends first."""
+    yield SimpleNamespace(
+        map=lambda f, jobs: [f(job) for job in jobs],
+        imap_unordered=lambda f, jobs: map(f, reversed(jobs)),
+    )
 
 
 def test_table1_learns_once_and_shows_what_evaluation_finds(tmp_path, monkeypatch, capsys):
     def judged(args):  # evaluate.py has tests of its own
         kept = {"success": 0.9, "goal_states": 0.5, "hacked": 0.06, "auroc": 0.9876, "return": 12.3}
-        kept["success"] -= 0.2 * (args.reset_noise == 0.05)
-        assert args.run == tmp_path / "one-leg-3" and args.episodes == 100
+        kept["success"] -= 0.2 * (args.reset_noise == 0.05) + 0.5 * (args.run.name == "one-leg-4")
+        assert args.run.parent == tmp_path and args.episodes == 100
         return {"kept": kept, "last": kept | {"success": kept["success"] - 0.1}}
 
     monkeypatch.setattr(shared, "pool", pool)
     monkeypatch.setattr(evaluate, "evaluate", judged)
     monkeypatch.setattr(vlmrm, "finish", lambda cfg, folder, *_: (folder / "film.png").touch())
-    argv = [str(tmp_path), "--tasks", "one-leg", "--seeds", "3", *SHORT[:-1]]
+    argv = [str(tmp_path), "--tasks", "one-leg", "--seeds", "3", "4", *SHORT[:-1]]
     table1.main(argv)
     folder, rows = tmp_path / "one-leg-3", (tmp_path / "table.md").read_text()
     cfg = vlmrm.read_config(folder)
     assert (cfg.prompt, cfg.seed, cfg.steps) == (criteria.TASKS["one-leg"].prompt, 3, 40)
-    assert rows.splitlines()[-1] == "| `one-leg` | 90% | 80% | 70% | 50% | 6% | 0.988 | 12.30 |"
+    assert rows.splitlines()[-1].startswith("| `one-leg` | 90%, 40% | 80%, 30% | 70%, 20% | 50%,")
+    assert rows.splitlines()[-1].endswith("| 6%, 6% | 0.988, 0.988 | 12.30, 12.30 |")
     assert capsys.readouterr().out.endswith(rows) and (folder / "last.pt").exists()
 
     asked = []
