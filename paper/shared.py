@@ -2,11 +2,14 @@
 reward with the simulator's labels. It lets Python find vlmrm.py, one folder up."""
 
 import argparse
+import contextlib
 import inspect
 import math
 import multiprocessing
 import os
+import signal
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -51,10 +54,21 @@ def states_of(world):
     return np.stack([sim.data.qpos for sim in world.sims])
 
 
+def begin():
+    """In a process of the pool: Ctrl-C is its parent's affair."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sac.use_onednn()
+
+
+@contextlib.contextmanager
 def pool(processes):
     """Quiet processes that end with the `with` block, however that is left, also by Ctrl-C."""
     os.environ["TQDM_DISABLE"] = "1"  # read when they import tqdm
-    return multiprocessing.get_context("spawn").Pool(processes, sac.use_onednn)
+    try:
+        yield ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), begin)
+    finally:
+        for process in multiprocessing.active_children():
+            process.terminate()
 
 
 def flags(doc):

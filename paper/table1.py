@@ -9,7 +9,7 @@ those of vlmrm.py (beside a GPU: --clip tiny_clip, or --steps 10000000 --jobs 1)
 table.md grows with every lesson.
 """
 
-from functools import partial
+from concurrent.futures import as_completed
 from pathlib import Path
 
 import criteria
@@ -27,8 +27,7 @@ HEAD = (
 
 
 def lesson(key, folder, others):
-    """Learn key = (task, seed), with other flags of vlmrm.py, and judge: the key, and the lesson's
-    numbers for the table."""
+    """Learn key = (task, seed), with other flags of vlmrm.py, and judge: the table's numbers."""
     (task, seed), folder = key, folder / "{}-{}".format(*key)
     if not (folder / "film.png").exists():
         steps = 64_000 if task == "kneeling" else 160_000
@@ -43,7 +42,7 @@ def lesson(key, folder, others):
     kept = usual["kept"]
     shares = kept["success"], usual["last"]["success"], noisy["kept"]["success"]
     shares = [f"{x:.0%}" for x in (*shares, kept["goal_states"], kept["hacked"])]
-    return key, [*shares, f"{kept['auroc']:.3f}", f"{kept['return']:.2f}"]
+    return [*shares, f"{kept['auroc']:.3f}", f"{kept['return']:.2f}"]
 
 
 def table(results):
@@ -76,9 +75,9 @@ def main(argv=None):
     args, others = parse(argv)
     keys, done = [(task, seed) for seed in args.seeds for task in args.tasks], {}
     with shared.pool(args.jobs) as pool:
-        learn = partial(lesson, folder=args.folder, others=others)
-        for key, numbers in pool.imap_unordered(learn, keys):
-            done[key] = numbers
+        jobs = {pool.submit(lesson, key, args.folder, others): key for key in keys}
+        for job in as_completed(jobs):
+            done[jobs[job]] = job.result()
             text = table({key: done[key] for key in keys if key in done})
             vlmrm.save(args.folder / "table.md", text)
     print(text, end="")

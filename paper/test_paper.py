@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -305,11 +306,14 @@ def test_evaluation_is_of_the_kept_and_of_the_last_policy(
 
 @contextlib.contextmanager
 def pool(processes):
-    """In this process; the last one ends first."""
-    yield SimpleNamespace(
-        map=lambda f, jobs: [f(job) for job in jobs],
-        imap_unordered=lambda f, jobs: map(f, reversed(jobs)),
-    )
+    """In this process."""
+
+    def submit(f, *args):
+        future = Future()
+        future.set_result(f(*args))
+        return future
+
+    yield SimpleNamespace(map=map, submit=submit)
 
 
 def test_table1_learns_once_and_shows_what_evaluation_finds(tmp_path, monkeypatch, capsys):
@@ -351,6 +355,7 @@ def test_when_table1_is_stopped_no_lesson_goes_on(tmp_path):
         until = time.monotonic() + 100
         while not (tmp_path / "kneeling-0/last.pt").exists() and time.monotonic() < until:
             time.sleep(0.1)
+        assert (tmp_path / "kneeling-0/last.pt").exists()
         program.send_signal(signal.SIGTERM)  # to this process only
         assert program.wait(20) == 130
         time.sleep(2)
@@ -596,7 +601,7 @@ def test_make_collects_what_a_policy_sees(task, folder, make, monkeypatch):
     instead = dict(climb=short_climb, move_limb=watched, drop=watched_drop, PICTURES=20)
     for name, value in instead.items():
         monkeypatch.setattr(make, name, value)
-    visited = make.policy_states((7, task, 32_000), vlmrm.TINY_CLIP)
+    visited = make.policy_states((7, task, 32_000))
     assert asked[0] == 32_000  # 12 and 2 episodes of the test: 18 states, and each once
     assert len(np.unique(visited, axis=0)) == len(visited) == 18
     frames, odds = make.task_pictures((7, task, visited, visited + 0.001), folder)
@@ -624,8 +629,8 @@ def noise(make):
 def test_make_runs_from_pictures_to_a_folder(make, tmp_path, monkeypatch, capsys):
     (frames, odds), asked, fit = noise(make), [], make.fit
 
-    def policy_states(job, folder):
-        assert (folder / "open_clip_config.json").exists()
+    def policy_states(job):
+        assert (tmp_path / "open_clip_config.json").exists()
         asked.append(job[-1])
         return np.full((30, 24), 100 + job[0])
 
@@ -657,8 +662,7 @@ def test_make_runs_from_pictures_to_a_folder(make, tmp_path, monkeypatch, capsys
     config = json.loads((tmp_path / "open_clip_config.json").read_text())
     assert config == json.loads((vlmrm.TINY_CLIP / "open_clip_config.json").read_text())
     made, ours = (vlmrm.CLIPReward("a robot", clip=str(x)) for x in (tmp_path, "tiny_clip"))
-    sizes = [sum(p.numel() for p in model.parameters()) for model in (made, ours)]
-    assert sizes[0] == sizes[1] and not torch.allclose(made(frames), ours(frames))
+    assert not torch.allclose(made(frames), ours(frames))
 
 
 COMMANDS = sorted(set(re.findall(r"python ((?:paper/|tiny_clip/|)\w+\.py [^`\n]*)", README)))

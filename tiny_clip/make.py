@@ -325,13 +325,13 @@ class Watched(vlmrm.World):
         return super().render()
 
 
-def policy_states(job, folder):
-    """PICTURES states (n, nq) that SAC visits while it learns on the model in `folder` as in a
-    lesson of so many steps, also in its tests: job = (seed, task, steps)."""
+def policy_states(job):
+    """PICTURES states (n, nq) that SAC visits while it learns on the saved model as in a lesson of
+    so many steps, also in its tests: job = (seed, task, steps)."""
     seed, task, steps = job
     torch.set_num_threads(1)  # two of these run side by side
     cfg = shared.configure(task, clip="tiny_clip", seed=seed, steps=steps)
-    world, label = Watched(cfg), vlmrm.CLIPReward(cfg.prompt, clip=str(folder))
+    world, label = Watched(cfg), vlmrm.CLIPReward(cfg.prompt, clip=str(HERE))
     with tempfile.TemporaryDirectory() as run:
         vlmrm.train(cfg, Path(run), label, world, *shared.learner(cfg, world))  # Algorithm 1
         tests = curve.read(Path(run))["test"]
@@ -422,8 +422,8 @@ def fit(model, frames, truth, steps, lr, rng, batch_size=64):
     model.eval()
 
 
-def save(model, folder):
-    """The folder that vlmrm.py loads; `words` are what it may be asked about."""
+def save(model):
+    """HERE, the folder that vlmrm.py loads; `words` are what it may be asked about."""
     texts = [
         template.format(phrase).lower()
         for templates, phrases in CAPTIONS.values()
@@ -432,16 +432,15 @@ def save(model, folder):
     ]
     words = sorted({word.strip(",.") for text in texts for word in text.split()})
     content = CONFIG | {"words": words}
-    folder.mkdir(exist_ok=True)
-    (folder / "open_clip_config.json").write_text(json.dumps(content, indent=2) + "\n")
+    (HERE / "open_clip_config.json").write_text(json.dumps(content, indent=2) + "\n")
     state = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    save_file(state, folder / "open_clip_model.safetensors")
+    save_file(state, HERE / "open_clip_model.safetensors")
 
 
-def report(folder, concept, frames, truth):
-    """How well the model in a folder judges pictures that it was not trained on."""
+def report(concept, frames, truth):
+    """How well the saved model judges pictures that it was not trained on."""
     goal = truth[:, CONCEPTS.index(concept)]
-    s = vlmrm.CLIPReward(criteria.TASKS[concept].prompt, clip=str(folder))(frames).numpy()
+    s = vlmrm.CLIPReward(criteria.TASKS[concept].prompt, clip=str(HERE))(frames).numpy()
     label = goal > TRUE - 1.0
     print(
         f"  {concept}, states of a policy unseen: {len(frames)} pictures, {label.mean():.3f} "
@@ -474,12 +473,11 @@ def make(model, rng, pool):
         truth = np.concatenate([y for _, y in sets])
         print(f"training on {len(frames)} pictures", flush=True)
         fit(model, frames, truth, steps, 1.5e-3, rng)
-        save(model, HERE)
+        save(model)
         print("policies that learn on its reward, unseen by it:", flush=True)
-        learn = functools.partial(policy_states, folder=HERE)
-        visited = pool.map(learn, [(*job[:2], lesson) for job in jobs])
+        visited = list(pool.map(policy_states, [(*job[:2], lesson) for job in jobs]))
         for task, seen in zip(TASKS, visited, strict=True):
-            report(HERE, task, *pictures(criteria.HUMANOID, seen))
+            report(task, *pictures(criteria.HUMANOID, seen))
 
 
 def pole_pictures(rng):
