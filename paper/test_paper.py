@@ -353,9 +353,9 @@ def test_when_table1_is_stopped_no_lesson_goes_on(tmp_path):
     program = subprocess.Popen([sys.executable, *argv], start_new_session=True)
     try:
         until = time.monotonic() + 100
-        while not (tmp_path / "kneeling-0/last.pt").exists() and time.monotonic() < until:
+        while not (tmp_path / "kneeling-0/config.json").exists() and time.monotonic() < until:
             time.sleep(0.1)
-        assert (tmp_path / "kneeling-0/last.pt").exists()
+        assert (tmp_path / "kneeling-0/config.json").exists()
         program.send_signal(signal.SIGTERM)  # to this process only
         assert program.wait(20) == 130
         time.sleep(2)
