@@ -7,7 +7,6 @@ import inspect
 import math
 import multiprocessing
 import os
-import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -54,18 +53,12 @@ def states_of(world):
     return np.stack([sim.data.qpos for sim in world.sims])
 
 
-def begin():
-    """In a process of the pool: Ctrl-C is its parent's affair."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sac.use_onednn()
-
-
 @contextlib.contextmanager
 def pool(processes):
     """Quiet processes that end with the `with` block, however that is left, also by Ctrl-C."""
     os.environ["TQDM_DISABLE"] = "1"  # read when they import tqdm
     try:
-        yield ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), begin)
+        yield ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), sac.use_onednn)
     finally:
         for process in multiprocessing.active_children():
             process.terminate()

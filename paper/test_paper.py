@@ -350,17 +350,19 @@ def test_table1_learns_once_and_shows_what_evaluation_finds(tmp_path, monkeypatc
 
 def test_when_table1_is_stopped_no_lesson_goes_on(tmp_path):
     argv = [Path(table1.__file__), tmp_path, "--jobs", "1", *SHORT[:-1], "--steps", "9999999"]
-    program = subprocess.Popen([sys.executable, *argv], start_new_session=True)
+    how = dict(start_new_session=True, stderr=subprocess.PIPE, text=True)
+    program = subprocess.Popen([sys.executable, *argv], **how)
     try:
         until = time.monotonic() + 100
         while not (tmp_path / "kneeling-0/config.json").exists() and time.monotonic() < until:
             time.sleep(0.1)
         assert (tmp_path / "kneeling-0/config.json").exists()
-        program.send_signal(signal.SIGTERM)  # to this process only
+        os.killpg(program.pid, signal.SIGINT)  # as a terminal does
         assert program.wait(20) == 130
         time.sleep(2)
         with pytest.raises(ProcessLookupError):
             os.killpg(program.pid, 0)
+        assert "Traceback" not in program.stderr.read()
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(program.pid, signal.SIGKILL)
