@@ -766,7 +766,7 @@ def test_every_command_of_the_readme_runs_in_short(command, brief, monkeypatch):
     if program == "sac.py":
         return sac.main([*argv, "--steps", "100"])
     if "--resume" in argv:
-        vlmrm.main([*CART, "--out", argv[argv.index("--resume") + 1]])
-    vlmrm.main([*argv, *SHORT, "--steps", "80"])
+        vlmrm.main([*CART, "--steps", "20", "--out", argv[argv.index("--resume") + 1]])
+    vlmrm.main([*argv, *SHORT])
     (path,) = Path().rglob("progress.csv")
     assert float(progress(path.parent)[-1]["loss_q"]) > 0
