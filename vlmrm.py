@@ -89,6 +89,7 @@ class CLIPReward(nn.Module):
         if alpha > 0 and torch.allclose(self.goal, self.baseline):
             raise UsageError("with alpha > 0 --baseline and --prompt must differ")
         self.visual = model.visual  # only this image tower stays
+        self.visual.output_tokens = False  # CoCa's would give all patches, too
         config = open_clip.transform.PreprocessCfg(**self.visual.preprocess_cfg)
         config.resize_mode = "squash"  # for square pictures the same as the others
         self.transform = open_clip.transform.image_transform_v2(config, is_train=False)
@@ -115,7 +116,7 @@ class CLIPReward(nn.Module):
         """Pictures uint8 (N, H, W, 3), array or tensor -> unit vectors s (N, D), float32."""
         if not torch.is_tensor(frames):
             frames = np.ascontiguousarray(frames)  # torch refuses a flip's negative strides
-        if frames.dtype not in (np.uint8, torch.uint8) or frames.shape[3:] != (3,):
+        if "uint8" not in str(frames.dtype) or frames.shape[3:] != (3,):
             raise UsageError(f"pictures are uint8 (N, H, W, 3), not {frames.dtype} {frames.shape}")
         parts = map(self.preprocess, torch.as_tensor(frames).split(256))  # for memory's sake
         return normalize(torch.cat([self.visual(x) for x in parts]).float(), dim=-1)
@@ -148,7 +149,7 @@ def load_clip(clip, dtype=torch.float32):
             f"--clip {clip}: no folder, no pretrained model; no GPU? copy tiny_clip from vlmrm's "
             f"repository; near: {', '.join(difflib.get_close_matches(clip, names, 5, 0.0))}"
         )
-    before = torch.get_default_dtype(), logging.root.manager.disable
+    default, disabled = torch.get_default_dtype(), logging.root.manager.disable
     torch.set_default_dtype(dtype)  # float32 takes 10 GB on the host for ViT-bigG-14
     logging.disable(logging.ERROR)  # errors are raised as well
     try:
@@ -163,8 +164,8 @@ def load_clip(clip, dtype=torch.float32):
         why = f"{str(error)[:200]}; offline: tiny_clip or a folder like it"
         raise UsageError(f"--clip {clip} does not load: {why}") from error
     finally:
-        torch.set_default_dtype(before[0])
-        logging.disable(before[1])
+        torch.set_default_dtype(default)
+        logging.disable(disabled)
 
 
 def warn_of_unread(clip, tokenizer, texts):

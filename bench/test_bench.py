@@ -1,5 +1,6 @@
 """pytest bench: the scripts in miniature, without a GPU."""
 
+import copy
 import os
 import re
 import subprocess
@@ -49,6 +50,23 @@ def test_speed_measures_ways_in_turns(capsys, monkeypatch):
     ratios = [float(x) for x in re.findall(r"\| ([\d.]+) \|$", out, re.M)]
     assert len(ratios) >= 7 and min(ratios) > 0  # 8 with stable-baselines3
     assert re.search(r"physics \d+%, drawing \d+%, CLIP \d+%, SAC \d+%", out)
+
+
+def test_a_picture_is_one_vector_also_of_coca(monkeypatch):
+    import open_clip
+    import torch
+    from speed import vlmrm
+
+    both = dict(width=64, layers=1, output_tokens=True)
+    text = dict(width=64, layers=1, heads=1, context_length=76)
+    eyes = both | dict(image_size=64, patch_size=32, attentional_pool=True)
+    coca = open_clip.CoCa(8, text, text | both | dict(embed_cls=True), eyes)
+    coca.visual.preprocess_cfg, theirs = {"size": 64}, copy.deepcopy(coca)
+    parts = coca, open_clip.get_tokenizer("coca_ViT-B-32")
+    monkeypatch.setattr(vlmrm, "load_clip", lambda *args: parts)
+    reward, frames = vlmrm.CLIPReward("a dog"), torch.randint(256, (3, 64, 64, 3)).byte()
+    s, g = theirs.encode_image(reward.preprocess(frames)), theirs.encode_text(parts[1](["a dog"]))
+    torch.testing.assert_close(reward(frames), torch.cosine_similarity(s, g))  # Eq. 2
 
 
 SCRIPT = """
