@@ -263,7 +263,7 @@ def make_envs(env_id, num_envs, **kwargs):
     options = {"autoreset_mode": "Disabled"}
     try:
         envs = gym.make_vec(env_id, num_envs, "sync", vector_kwargs=options, **kwargs)
-    except (TypeError, ModuleNotFoundError) as error:
+    except (TypeError, ImportError) as error:
         raise UsageError(f"--env-id {env_id}: {error}") from error
     action, obs = envs.single_action_space, envs.single_observation_space
     box = isinstance(action, gym.spaces.Box) and action.dtype.kind == "f" and action.is_bounded()

@@ -170,12 +170,12 @@ def load_clip(clip, dtype=torch.float32):
 
 def warn_of_unread(clip, tokenizer, texts):
     """Name words past the model's context, and words not among those that its folder lists."""
-    path = Path(clip, "open_clip_config.json")
+    path, context = Path(clip, "open_clip_config.json"), tokenizer.context_length
     known = path.read_text() if path.is_file() else ""  # its "words" are those that it learned
     for text in texts:
         words = read = text.split()
-        while len(read) > 1 and tokenizer(text).equal(tokenizer(" ".join(read[:-1]))):
-            read = read[:-1]  # without its last word the text reads the same
+        while len(tokenizer(" ".join(read), 999)[0, context:].unique()) > 1:  # more than padding
+            read = read[:-1]
         unread = words[len(read) :]
         if '"words"' in known:
             unread += [x for x in read if f'"{x.strip(",.").lower()}"' not in known]
@@ -216,8 +216,7 @@ def keep(viewer):
 
 
 def draw(env):
-    """What env shows now, uint8 (H, W, 3), in its own OpenGL context: Gymnasium draws in whichever
-    is current, which may be another environment's."""
+    """What env shows now, uint8 (H, W, 3), in its own OpenGL context: Gymnasium takes any one's."""
     viewer = getattr(getattr(env.unwrapped, "mujoco_renderer", None), "viewer", None)
     if viewer:
         type(viewer).__del__ = keep
@@ -353,7 +352,7 @@ class Config:
     alpha: float = setting(0.0, "of Eq. 3, 0 to 1")
     clip: str = setting("ViT-bigG-14/laion2b_s39b_b160k", "open_clip architecture/tag, or a folder")
     env_id: str = setting("Humanoid-v5", "any Gymnasium task that draws itself")
-    looks: str = setting("paper", "paper, plain or original (Gymnasium's), of the humanoid")
+    looks: str = setting("paper", "paper (Humanoid-v5), plain (InvertedPendulum-v5 too), original")
     seed: int = setting(0, "of all randomness")
     steps: int = setting(10_000_000, "transitions, in whole iterations")
     num_envs: int = setting(32, "simulations; an iteration is one episode of each")
@@ -375,7 +374,7 @@ class Config:
 
     def __post_init__(self):
         self.learning_starts = min(self.learning_starts, self.steps // 2 or 1)
-        if self.alpha > 0 and self.baseline == Config.baseline and self.env_id != Config.env_id:
+        if self.alpha > 0 and self.baseline == Config.baseline and "Humanoid" not in self.env_id:
             raise UsageError(f"--alpha needs a --baseline: what a picture of {self.env_id} shows")
         if self.looks not in ("paper", "plain", "original"):
             raise UsageError(f"--looks is paper, plain or original, not {self.looks}")
@@ -476,8 +475,8 @@ def resume(cfg, folder, agent, replay):
         run = argparse.Namespace(**saved["run"])
     except Exception as error:  # torch raises many kinds
         raise UsageError(f"{path} is damaged or another run's ({str(error)[:200]})") from error
-    if changed.keys() & "prompt baseline alpha looks clip env_id".split():
-        raise UsageError(f"{path} holds rewards of other settings; for {changed} start a new run")
+    if changed.keys() & "prompt baseline alpha looks clip env_id reward_std temperature".split():
+        raise UsageError(f"{path} began with other settings; for {changed} start a new run")
     if changed:
         print(f"changed after {run.step} transitions: {changed}")
     return run
@@ -487,7 +486,6 @@ def save(path, content):
     """Text, or what torch saves. `path` is the old file or the new one, whole, at any moment."""
     new = path.with_suffix(".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         new.write_text(content) if isinstance(content, str) else torch.save(content, new)
         new.replace(path)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch's, of the disk
@@ -547,15 +545,17 @@ def configure(paper=False, **asked):
 
 
 def new_folder(cfg, out):
-    """runs/<prompt>, then -2, -3, or `out`, which must not exist."""
+    """Makes runs/<prompt>, then -2, -3, or `out`, which must not exist."""
     name = re.sub(r"\W+", "-", cfg.prompt.lower().strip())[:60]
     folder, number = Path(out or f"runs/{name}"), 1
     while folder.exists() and not out:
         number += 1
         folder = Path(f"runs/{name}-{number}")
-    if folder.exists():
-        raise UsageError(f"--out {out} exists and is not overwritten: name another")
-    return folder
+    try:
+        folder.mkdir(parents=True)  # now: of two runs that start at once one fails
+        return folder
+    except OSError as error:
+        raise UsageError(f"--out {folder} cannot be made anew: name another ({error})") from error
 
 
 def read_config(folder, **asked):

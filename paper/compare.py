@@ -7,7 +7,6 @@ from others, as EPIC distance and AUROC on fixed states that the simulator label
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 import criteria
 import shared
@@ -31,7 +30,7 @@ def compare(cfg, prompts, states, goal):
             r = shared.rewards(reward, s, alpha)
             cells.append(f"{shared.epic(r, goal):.3f} ({shared.auroc(r, goal):.3f})")
         size = sum(p.numel() for p in reward.parameters()) / 1e6
-        yield f"{'  '.join(cells)}  {cfg.looks} {Path(cfg.clip).name} ({size:.2f} M) {prompt}"
+        yield f"{'  '.join(cells)}  {cfg.looks} {cfg.clip} ({size:.2f} M) {prompt}"
 
 
 def main(argv=None):
