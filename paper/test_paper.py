@@ -604,7 +604,9 @@ def test_make_collects_what_a_policy_sees(task, folder, make, monkeypatch):
     instead = dict(climb=short_climb, move_limb=watched, drop=watched_drop, PICTURES=20)
     for name, value in instead.items():
         monkeypatch.setattr(make, name, value)
-    visited = make.policy_states((7, task, 32_000))
+    labels, train = [], vlmrm.train
+    monkeypatch.setattr(vlmrm, "train", lambda *a: (labels.append(a[2]), train(*a)))
+    visited = make.policy_states((7, task, 32_000), folder)
     assert asked[0] == 32_000  # 12 and 2 episodes of the test: 18 states, and each once
     assert len(np.unique(visited, axis=0)) == len(visited) == 18
     frames, odds = make.task_pictures((7, task, visited, visited + 0.001), folder)
@@ -620,6 +622,8 @@ def test_make_collects_what_a_policy_sees(task, folder, make, monkeypatch):
         expected.append(vlmrm.CLIPReward(prompt, clip="tiny_clip")(frames[:18]))
     for score, right in zip(scores, expected, strict=True):
         np.testing.assert_allclose(score(visited), right, atol=1e-5)
+    shown = frames[:18] if folder else visited  # what paid the policy saw
+    np.testing.assert_allclose(labels[0](shown), expected[-1], atol=1e-5)
 
 
 def noise(make):
@@ -632,15 +636,16 @@ def noise(make):
 def test_make_runs_from_pictures_to_a_folder(make, tmp_path, monkeypatch, capsys):
     (frames, odds), asked, fit = noise(make), [], make.fit
 
-    def policy_states(job):
-        assert (tmp_path / "open_clip_config.json").exists()
+    def policy_states(job, folder):
+        assert folder == (tmp_path if (tmp_path / "open_clip_config.json").exists() else None)
         asked.append(job[-1])
-        return np.full((30, 24), 100 + job[0])
+        return np.full((30, 24), job[0])
 
     def task_pictures(job, folder):
-        seed, task, visited, everyone = job  # 30 states for each of 8 tasks
-        assert make.TASKS[seed % 100] == task and len(everyone) == 240
-        assert seed < 100 if folder is None else (visited == seed).all()  # of the round before
+        seed, task, visited, everyone = job  # 30 states for each of 8 tasks, 99 random ones
+        assert make.TASKS[seed % 100] == task and len(everyone) == 339
+        assert seed < 100 if folder is None else folder == tmp_path
+        assert (visited == seed).all()  # of the policies before
         return np.roll(frames, seed, 0), np.roll(odds, seed, 0)
 
     def short_fit(net, seen, known, *how):
@@ -653,15 +658,15 @@ def test_make_runs_from_pictures_to_a_folder(make, tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(shared, "pool", pool)
     short = dict(policy_states=policy_states, task_pictures=task_pictures, fit=short_fit)
-    short |= dict(ROUNDS=((4, 32), (4, 64)), HERE=tmp_path, PICTURES=30)
+    short |= dict(SIGHT=16, ROUNDS=((4, 32), (4, 64)), HERE=tmp_path, PICTURES=30)
     short |= dict(pole_pictures=lambda *_: (frames, odds), pictures=lambda *_: (frames, odds))
     short |= dict(random_states=lambda rng: np.zeros((99, 24)))
     for name, value in short.items():
         monkeypatch.setattr(make, name, value)
     make.main([])
-    assert asked == [32] * 8 + [64] * 8
-    out = capsys.readouterr().out  # 40 of each task twice, and of the pole
-    assert "training on 680 pictures" in out and "one-leg, states of a policy unseen: 40" in out
+    assert asked == [16] * 8 + [32] * 8 + [64] * 8
+    out = capsys.readouterr().out  # 40 of each task twice, of the pole, at random
+    assert "training on 720 pictures" in out and "one-leg, states of a policy unseen: 40" in out
     config = json.loads((tmp_path / "open_clip_config.json").read_text())
     assert config == json.loads((vlmrm.TINY_CLIP / "open_clip_config.json").read_text())
     made, ours = (vlmrm.CLIPReward("a robot", clip=str(x)) for x in (tmp_path, "tiny_clip"))

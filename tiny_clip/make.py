@@ -1,10 +1,10 @@
 """Makes tiny_clip, a small CLIP that knows two worlds, from captions that simulators decide.
 
     pip install -r requirements.txt
-    python tiny_clip/make.py    # two hours on 2 slow cores, 20 GB; overwrites its weights
+    python tiny_clip/make.py    # hours on 2 slow cores, 20 GB; overwrites its weights
 
-Pictures show states of random rollouts, of poses dropped on the floor, of poses near kneeling and
-of bodies on the way to each task's posture.
+Pictures show states of random rollouts, of poses dropped on the floor, of poses near kneeling, of
+bodies on the way to each task's posture and of policies that learn on the simulator's judgement.
 From there, for each task, limbs climb to what the simulator says is truer, and on the way there is
 seen what is right, in many ways, and what is nearly so; the truest are shown with one limb moved,
 too, and as they fall. So a first model is trained. Then policies learn on it as in a lesson, limbs
@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "paper"))
 import criteria
 import curve
 import shared
+import sight
 import states as labelled
 from shared import sac, vlmrm
 from truth import CONCEPTS as CONCEPT_OF
@@ -47,7 +48,8 @@ HERE = Path(__file__).resolve().parent
 SIZE = 64
 CONFIG = json.loads((HERE / "open_clip_config.json").read_text())  # the model's shape
 WORLDS = {criteria.HUMANOID: "kneeling", criteria.POLE: "cartpole"}
-ROUNDS = (4000, 32_000), (14_000, 64_000)  # steps of training, then of each policy's lesson
+SIGHT = 48_000  # steps of each policy that learns on the simulator's judgement
+ROUNDS = (4000, 32_000), (18_000, 64_000)  # steps of training, then of each policy's lesson
 PICTURES = 8_000  # of each kind and task
 TASKS = list(labelled.POSTURES)  # the eight of Table 1
 BY_ARM = "arms-raised", "hands-on-hips", "arms-crossed"
@@ -315,24 +317,28 @@ def evenly(task, model, states, rng, n):
 
 
 class Watched(vlmrm.World):
-    """A world that remembers the states that it showed."""
+    """A world that remembers the states that it showed, and may show these instead of pictures."""
 
-    def __init__(self, cfg):
+    def __init__(self, cfg, draws):
         super().__init__(cfg, cfg.num_envs, SIZE)
-        self.seen = []
+        self.draws, self.seen = draws, []
 
     def render(self):
         self.seen.append(shared.states_of(self))  # (num_envs, nq)
-        return super().render()
+        return super().render() if self.draws else self.seen[-1]
 
 
-def policy_states(job):
-    """PICTURES states (n, nq) that SAC visits while it learns on the saved model as in a lesson of
-    so many steps, also in its tests: job = (seed, task, steps)."""
+def policy_states(job, folder):
+    """PICTURES states (n, nq) that SAC visits while it learns as in a lesson of so many steps, also
+    in its tests, on the model in `folder` (None: on the simulator's judgement): job = (seed, task,
+    steps)."""
     seed, task, steps = job
     torch.set_num_threads(1)  # two of these run side by side
     cfg = shared.configure(task, clip="tiny_clip", seed=seed, steps=steps)
-    world, label = Watched(cfg), vlmrm.CLIPReward(cfg.prompt, clip=str(HERE))
+    world = Watched(cfg, draws=bool(folder))
+    label = sight.teacher(task, "log-odds", shared.model_of(world))
+    if folder:
+        label = vlmrm.CLIPReward(cfg.prompt, clip=str(folder))
     with tempfile.TemporaryDirectory() as run:
         vlmrm.train(cfg, Path(run), label, world, *shared.learner(cfg, world))  # Algorithm 1
         tests = curve.read(Path(run))["test"]
@@ -462,22 +468,30 @@ def main(argv=None):
         make(model, rng, pool)
 
 
+def learn(pool, number, steps, folder):
+    """What a policy of each task visits, a list of (n, nq), as policy_states says."""
+    jobs = [(100 * number + i, task, steps) for i, task in enumerate(TASKS)]
+    return list(pool.map(functools.partial(policy_states, folder=folder), jobs))
+
+
 def make(model, rng, pool):
     """Train the model in rounds, on more pictures each, and save it."""
-    states, sets = random_states(rng), [pole_pictures(rng)]
-    visited = [draw_lots(rng, states, PICTURES) for _ in TASKS]
+    states = draw_lots(rng, random_states(rng), 4 * PICTURES)
+    sets = [pole_pictures(rng), pictures(criteria.HUMANOID, states)]
+    print("policies that learn on the simulator's judgement:", flush=True)
+    visited = learn(pool, 0, SIGHT, None)
     for number, (steps, lesson) in enumerate(ROUNDS):
-        jobs = [(100 * number + i, task, visited[i]) for i, task in enumerate(TASKS)]
-        everyone, known = np.concatenate(visited), HERE if number else None
+        everyone, known = np.concatenate([states, *visited]), HERE if number else None
         shown = functools.partial(task_pictures, folder=known)
-        sets += pool.map(shown, [(*job, everyone) for job in jobs])
+        jobs = [(100 * number + i, task, visited[i], everyone) for i, task in enumerate(TASKS)]
+        sets += pool.map(shown, jobs)
         frames = torch.utils.data.ConcatDataset([x for x, _ in sets])  # joined they would be twice
         truth = np.concatenate([y for _, y in sets])
         print(f"training on {len(frames)} pictures", flush=True)
         fit(model, frames, truth, steps, 1.5e-3, rng)
         save(model)
         print("policies that learn on its reward, unseen by it:", flush=True)
-        visited = list(pool.map(policy_states, [(*job[:2], lesson) for job in jobs]))
+        visited = learn(pool, number + 1, lesson, HERE)
         for task, seen in zip(TASKS, visited, strict=True):
             report(task, *pictures(criteria.HUMANOID, seen))
 
