@@ -579,14 +579,51 @@ def test_one_limb_of_a_body_moves_anywhere_or_a_little(task, limb, make, model):
     assert others < 1e-9
 
 
-@pytest.mark.parametrize("task, folder", [("one-leg", None), ("arms-raised", vlmrm.TINY_CLIP)])
-def test_make_collects_what_a_policy_sees(task, folder, make, monkeypatch):
-    asked, scores, configure, climb = [], [], shared.configure, make.climb
-    best, move_limb, drop, dropped = [], make.move_limb, make.drop, []
+JUDGES = pytest.mark.parametrize(
+    "task, folder", [("one-leg", None), ("arms-raised", vlmrm.TINY_CLIP)]
+)
+
+
+@pytest.fixture
+def asked(make, monkeypatch):
+    """For how many steps lessons were asked for that have 12."""
+    asked, configure = [], shared.configure
 
     def short(task, **others):
         asked.append(others.pop("steps", None))
         return configure(task, **others, num_envs=2, episode_length=3, updates=1, steps=12)
+
+    monkeypatch.setattr(shared, "configure", short)
+    monkeypatch.setattr(make, "PICTURES", 20)
+    return asked
+
+
+def judgement(make, task, folder, states):
+    """What is shown of states to whoever pays for them, and what it pays."""
+    if not folder:
+        return states, make.judge("Humanoid-v5", states)[:, make.CONCEPTS.index(task)]
+    frames = pictures(make.new_world("Humanoid-v5"), states)
+    return frames, vlmrm.CLIPReward(criteria.TASKS[task].prompt, clip="tiny_clip")(frames)
+
+
+@JUDGES
+def test_make_collects_what_a_policy_sees(task, folder, make, asked, monkeypatch):
+    labels, train = [], vlmrm.train
+    monkeypatch.setattr(vlmrm, "train", lambda *a: (labels.append(a[2]), train(*a)))
+    visited = make.policy_states((7, task, 32_000), folder)
+    assert asked[0] == 32_000  # 12 and 2 episodes of the test: 18 states, and each once
+    assert len(np.unique(visited, axis=0)) == len(visited) == 18
+    shown, paid = judgement(make, task, folder, visited)
+    np.testing.assert_allclose(labels[0](shown), paid, atol=1e-5)
+
+
+@JUDGES
+def test_make_shows_what_was_visited_and_what_climbs_from_there(
+    task, folder, make, asked, monkeypatch
+):
+    visited = make.policy_states((7, task, 32_000), folder)
+    scores, best, dropped = [], [], []
+    climb, move_limb, drop = make.climb, make.move_limb, make.drop
 
     def short_climb(task, model, qpos, rng, score, proposals):
         scores.append(score)
@@ -600,15 +637,8 @@ def test_make_collects_what_a_policy_sees(task, folder, make, monkeypatch):
         dropped.extend(truth.graded(task, model, qpos))
         return drop(model, qpos, rng, steps)
 
-    monkeypatch.setattr(shared, "configure", short)
-    instead = dict(climb=short_climb, move_limb=watched, drop=watched_drop, PICTURES=20)
-    for name, value in instead.items():
+    for name, value in dict(climb=short_climb, move_limb=watched, drop=watched_drop).items():
         monkeypatch.setattr(make, name, value)
-    labels, train = [], vlmrm.train
-    monkeypatch.setattr(vlmrm, "train", lambda *a: (labels.append(a[2]), train(*a)))
-    visited = make.policy_states((7, task, 32_000), folder)
-    assert asked[0] == 32_000  # 12 and 2 episodes of the test: 18 states, and each once
-    assert len(np.unique(visited, axis=0)) == len(visited) == 18
     frames, odds = make.task_pictures((7, task, visited, visited + 0.001), folder)
     assert len(frames) > 18 and frames.shape[1:] == (64, 64, 3)
     assert (odds[:18] == make.judge("Humanoid-v5", visited)).all()  # as they were visited
@@ -616,14 +646,10 @@ def test_make_collects_what_a_policy_sees(task, folder, make, monkeypatch):
     known = odds[:-38, make.CONCEPTS.index(task)]  # then 20 with one limb moved, 6 that fall
     np.testing.assert_allclose(np.sort(known)[-20:], np.sort(best[-1]), atol=1e-5)
     assert len(dropped) == 6 and np.isin(dropped, best[-1]).all()
-    expected = [known[:18]]
-    if folder:
-        prompt = criteria.TASKS[task].prompt
-        expected.append(vlmrm.CLIPReward(prompt, clip="tiny_clip")(frames[:18]))
-    for score, right in zip(scores, expected, strict=True):
-        np.testing.assert_allclose(score(visited), right, atol=1e-5)
-    shown = frames[:18] if folder else visited  # what paid the policy saw
-    np.testing.assert_allclose(labels[0](shown), expected[-1], atol=1e-5)
+    for score, judge in zip(scores, [None, folder] if folder else [None], strict=True):
+        np.testing.assert_allclose(
+            score(visited), judgement(make, task, judge, visited)[1], atol=1e-5
+        )
 
 
 def noise(make):
