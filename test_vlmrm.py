@@ -261,11 +261,6 @@ SAME_STEP = dict(vector_kwargs={"autoreset_mode": "SameStep"})
 def test_environments_that_do_not_draw_each_step_alike_are_refused(n, asked):
     with pytest.raises(UsageError, match='InvertedPend.*"rgb_array", not SAME_STEP'):
         wrap(n, **asked)
-    world = World(configure(env_id="Matrix-v0"), 2)
-    world.reset(seed=0)
-    world.sims[1].side = 48
-    with pytest.raises(UsageError, match="must be of one size"):
-        world.render()
 
 
 def test_the_readmes_example_with_stable_baselines3_runs():

@@ -161,8 +161,10 @@ def load_clip(clip, dtype=torch.float32):
             )
         return model, open_clip.get_tokenizer(name)
     except Exception as error:  # of many kinds
-        why = f"{str(error)[:200]}; offline: tiny_clip or a folder like it"
-        raise UsageError(f"--clip {clip} does not load: {why}") from error
+        raise UsageError(
+            f"--clip {clip} does not load: {str(error)[:200]}; "
+            "offline: tiny_clip or a folder like it"
+        ) from error
     finally:
         torch.set_default_dtype(default)
         logging.disable(disabled)
@@ -201,25 +203,19 @@ class WithCLIPRewards(gym.wrappers.vector.TransformReward):
 
 def drawing(env):
     """env; UsageError if it draws nothing, or only after resetting itself (SAME_STEP)."""
-    same_step = env.metadata.get("autoreset_mode") == gym.vector.AutoresetMode.SAME_STEP
-    if env.render_mode != "rgb_array" or same_step:
+    if env.render_mode != "rgb_array" or "SAME_STEP" in str(env.metadata):
         raise UsageError(f'{env}: make it with render_mode="rgb_array", not SAME_STEP')
     return env
 
 
-KEPT = []  # all viewers, also others'
-
-
-def keep(viewer):
-    """Instead of an end: MuJoCo would free its textures in whatever context is current."""
-    KEPT.append(viewer)
+KEPT = []  # all viewers, also others'; at its end one would free textures in the current context
 
 
 def draw(env):
     """What env shows now, uint8 (H, W, 3), in its own OpenGL context: Gymnasium takes any one's."""
     viewer = getattr(getattr(env.unwrapped, "mujoco_renderer", None), "viewer", None)
     if viewer:
-        type(viewer).__del__ = keep
+        type(viewer).__del__ = lambda viewer: KEPT.append(viewer)
         viewer.make_context_current()
     return env.render()
 
@@ -227,19 +223,15 @@ def draw(env):
 def draw_all(envs):
     """What each of a vector of environments shows now, uint8 (N, H, W, 3)."""
     sims = getattr(envs.unwrapped, "envs", None)  # else they are in processes of their own
-    frames = [draw(sim) for sim in sims] if sims else envs.render()
-    try:
-        return np.stack(frames)
-    except ValueError as error:
-        raise UsageError(f"the environments' pictures must be of one size ({error})") from error
+    return np.stack([draw(sim) for sim in sims] if sims else envs.render())
 
 
 # --- the world and its pictures
-HUMANOID = {  # the 45 numbers that remain are the state, but for where it stands
-    f"include_{part}_in_observation": False
-    for part in ("cinert", "cvel", "qfrc_actuator", "cfrc_ext")
-} | {"terminate_when_unhealthy": False}
-PLAIN = dict(distance=2.8, azimuth=155, elevation=-15, lookat=(0, 0, 0.75))  # and torso's x, y
+HUMANOID = """include_cinert_in_observation include_cvel_in_observation
+include_qfrc_actuator_in_observation include_cfrc_ext_in_observation
+terminate_when_unhealthy"""  # the 45 numbers that remain are the state, but for where it stands
+HUMANOID = dict.fromkeys(HUMANOID.split(), False)
+PLAIN = dict(distance=2.8, elevation=-15, lookat=(0, 0, 0.75))  # x, y, azimuth: World.render
 CAMERAS = {  # of the tasks and looks that are dressed; all else is as Gymnasium draws it
     "Humanoid-v5 plain": PLAIN,
     "Humanoid-v5 paper": dict(distance=3.5, azimuth=180, elevation=-10, lookat=(0, 0, 1)),
@@ -261,8 +253,9 @@ COLOURS = {  # of "plain", by a part of the geom's name: what captions name; lef
 }
 
 
-def dress(model, looks, size):
-    """Give a MuJoCo model the looks, with cheap edges and shadows. Nothing of this is physics."""
+def dress(model, looks, size, mirrored):
+    """Give a MuJoCo model the looks, with cheap edges and shadows. Nothing of this is physics.
+    mirrored: 0, or 1, with the left limbs' colours on the right."""
     quality = model.vis.quality
     quality.offsamples, quality.shadowsize = 0, 4 * size
     quality.numslices, quality.numstacks = 10, 6
@@ -278,7 +271,7 @@ def dress(model, looks, size):
         model.vis.headlight.ambient, model.vis.headlight.diffuse = 0.45, 0.55
         for i in range(model.ngeom):
             for part, colour in COLOURS.items():
-                if part in model.geom(i).name:
+                if part.replace("left", "right", mirrored) in model.geom(i).name:
                     model.geom_rgba[i, :3] = np.divide(ImageColor.getrgb(colour), 255)
 
 
@@ -296,32 +289,38 @@ class World(gym.vector.VectorWrapper):
     """Gymnasium's simulations of a task, for actions in [-1, 1], and what they show."""
 
     def __init__(self, cfg, num_envs, image_size=64):
-        args = HUMANOID if cfg.env_id == "Humanoid-v5" else {}
-        args = args | dict(render_mode="rgb_array", wrappers=(Endless,))
+        args = dict(render_mode="rgb_array", wrappers=(Endless,))
+        args |= HUMANOID if cfg.env_id == "Humanoid-v5" else {}
         super().__init__(sac.make_envs(cfg.env_id, num_envs, **args))
         self.cfg, self.sims = cfg, [env.unwrapped for env in self.unwrapped.envs]
         self.camera = CAMERAS.get(f"{cfg.env_id} {cfg.looks}")
+        self.sides = 1 + (
+            self.camera is PLAIN and not re.search(r"(?i)\b(left|right)\b", cfg.prompt)
+        )
         self.one_viewer = type(self.sims[0]).render is MujocoEnv.render  # else they draw themselves
         self.reset(seed=0)
-        for sim in self.sims if self.one_viewer else ():
+        for i, sim in enumerate(self.sims if self.one_viewer else ()):
             renderer, buffer = sim.mujoco_renderer, sim.model.vis.global_
             renderer.width = renderer.height = buffer.offwidth = buffer.offheight = image_size
             free = {"lookat": np.median(sim.data.geom_xpos, 0)}  # Gymnasium's, with seed 0 for all
             renderer.default_cam_config = free | (self.camera or renderer.default_cam_config or {})
             if self.camera:
-                dress(sim.model, cfg.looks, image_size)
+                dress(sim.model, cfg.looks, image_size, i % self.sides)
 
     def render(self):
-        """Pictures of all simulations as they are now, uint8 (N, H, W, 3)."""
+        """Pictures of all simulations as they are now, uint8 (N, H, W, 3). In "plain" looks every
+        second humanoid is a mirror image, seen from its other side, unless the prompt tells left
+        from right: what seems right from one side only does not pay."""
         if not self.one_viewer:
             return draw_all(self.env)
         first, frames = self.sims[0], []
         viewer = first.mujoco_renderer.viewer or open_viewer(first)
-        for sim in self.sims:
+        for i, sim in enumerate(self.sims):
             viewer.model, viewer.data = sim.model, sim.data  # the first's viewer draws them all
+            sign = 1 - i % self.sides * 2  # -1 in the mirror
             if self.camera is PLAIN:
-                viewer.cam.lookat[:2] = sim.data.body("torso").xpos[:2]
-            frames.append(draw(first))
+                viewer.cam.lookat[:2], viewer.cam.azimuth = sim.data.qpos[:2], 155 * sign
+            frames.append(draw(first)[:, ::sign])
         return np.stack(frames)
 
 
@@ -376,18 +375,19 @@ class Config:
         self.learning_starts = min(self.learning_starts, self.steps // 2 or 1)
         if self.alpha > 0 and self.baseline == Config.baseline and "Humanoid" not in self.env_id:
             raise UsageError(f"--alpha needs a --baseline: what a picture of {self.env_id} shows")
-        if self.looks not in ("paper", "plain", "original"):
+        if self.looks not in "paper plain original".split():
             raise UsageError(f"--looks is paper, plain or original, not {self.looks}")
         for name, value in asdict(self).items():
-            least = 0 if name in ("alpha", "seed", "layer_norm", "reward_std", "window") else 1e-10
+            least = 0 if name in "alpha seed layer_norm reward_std window".split() else 1e-10
             most = 1 if name == "gamma" else 1e8
             if not isinstance(value, str) and not least <= value <= most:
                 raise UsageError(f"--{name.replace('_', '-')} {value}: from {least} to {most}")
 
 
 LESSON = dict(looks="plain", steps=64_000, test_every=4)
-CARTPOLE = dict(baseline="pole and cart", steps=64_000, num_envs=16, episode_length=200)
-CARTPOLE["test_every"] = 2
+CARTPOLE = dict(
+    baseline="pole and cart", steps=64_000, num_envs=16, episode_length=200, test_every=2
+)
 PAPER = dict(updates=100, batch_size=512, learning_starts=50_000, gamma=0.95, layer_norm=0)
 PAPER |= dict(critic_steps=1, lr=6e-4, critic_lr=6e-4, temperature=1, window=0, reward_std=0)
 
@@ -447,8 +447,9 @@ def train(cfg, folder, label, world, agent, replay):
 
 def mean_return(world, policy, seed, label):
     """The mean over an episode of each simulation, without exploration, of the sum of rewards."""
-    act = partial(policy.act, deterministic=True)
-    return float(rollout(world, act, seed, label)[2].sum(0).mean())
+    return float(
+        rollout(world, partial(policy.act, deterministic=True), seed, label)[2].sum(0).mean()
+    )
 
 
 def checkpoint(cfg, folder, run, agent, replay):
@@ -489,8 +490,7 @@ def save(path, content):
         new.write_text(content) if isinstance(content, str) else torch.save(content, new)
         new.replace(path)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch's, of the disk
-        if new.exists():
-            new.unlink()
+        new.unlink(missing_ok=True)
         raise UsageError(f"{path} cannot be written; is the disk full? ({error})") from error
 
 
@@ -546,7 +546,7 @@ def configure(paper=False, **asked):
 
 def new_folder(cfg, out):
     """Makes runs/<prompt>, then -2, -3, or `out`, which must not exist."""
-    name = re.sub(r"\W+", "-", cfg.prompt.lower().strip())[:60]
+    name = re.sub(r"\W+", "-", cfg.prompt.lower())[:60]
     folder, number = Path(out or f"runs/{name}"), 1
     while folder.exists() and not out:
         number += 1

@@ -90,10 +90,11 @@ def labelled_states(task, seed=0):
 
 
 def pictures(world, states):
-    """Pictures of states (n, nq), uint8 (n, H, W, 3), by a World of one simulation."""
+    """Pictures of states (n, nq), uint8 (n, H, W, 3), drawn by a World's simulations by turns."""
     world.reset()
-    sim, frames = world.sims[0], []
-    for state in states:
-        sim.set_state(state, np.zeros(sim.model.nv))
-        frames.append(world.render()[0])
-    return np.stack(frames)
+    frames, velocity = [], np.zeros(model_of(world).nv)
+    for i in range(0, len(states), len(world.sims)):
+        for sim, state in zip(world.sims, states[i:], strict=False):
+            sim.set_state(state, velocity)
+        frames.extend(world.render())
+    return np.stack(frames[: len(states)])

@@ -53,6 +53,13 @@ SHORT = (
 ).split()
 
 
+MIRROR = {
+    f"{x}_{hinge}": f"{y}_{hinge}"
+    for x, y in (("right", "left"), ("left", "right"))
+    for hinge in ("hip_y", "knee")
+}
+
+
 @pytest.fixture(scope="module")
 def humanoid():
     return vlmrm.World(shared.configure("kneeling"), 1, 64)
@@ -226,6 +233,23 @@ def test_settling_is_gymnasiums_physics(humanoid):
     for action, expected in zip(np.float32(actions / 0.4), path[1:], strict=True):  # of its range
         humanoid.step(action)
         np.testing.assert_allclose(shared.states_of(humanoid), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "same"),
+    [
+        ("a humanoid robot standing upright on one leg", [0, 1, 2]),
+        ("a humanoid robot standing on its right leg", [0, 2, 3]),
+        ("Left leg up", [0, 2, 3]),
+    ],
+)
+def test_every_second_simulation_is_in_a_mirror_unless_the_prompt_says_left(model, prompt, same):
+    other = {MIRROR.get(name, name): angle for name, angle in ONE_LEG.items()}
+    right, left = (posture(model, **how) for how in (ONE_LEG, other))  # on this leg, and on that
+    world = vlmrm.World(shared.configure("kneeling", prompt=prompt), 2, 64)
+    frames = pictures(world, [right, left, right, right, left]).astype(float)
+    differences = np.array([np.abs(frames[0] - frame).mean() for frame in frames])
+    assert differences[same].max() < 0.1 and np.delete(differences, same).min() > 1
 
 
 # ---- the scripts ----
@@ -646,10 +670,13 @@ def test_make_shows_what_was_visited_and_what_climbs_from_there(
     known = odds[:-38, make.CONCEPTS.index(task)]  # then 20 with one limb moved, 6 that fall
     np.testing.assert_allclose(np.sort(known)[-20:], np.sort(best[-1]), atol=1e-5)
     assert len(dropped) == 6 and np.isin(dropped, best[-1]).all()
-    for score, judge in zip(scores, [None, folder] if folder else [None], strict=True):
-        np.testing.assert_allclose(
-            score(visited), judgement(make, task, judge, visited)[1], atol=1e-5
-        )
+    _, odds = judgement(make, task, None, visited)
+    np.testing.assert_allclose(scores[0](visited), odds, atol=1e-5)
+    if folder:  # from this side, and from the other
+        one, other = (judgement(make, task, folder, np.roll(visited, x, 0))[1] for x in (0, 1))
+        mean = (one + other.roll(-1)) / 2
+        np.testing.assert_allclose(scores[1](visited), mean, atol=1e-5)
+    assert len(scores) == (2 if folder else 1)
 
 
 def noise(make):
@@ -671,7 +698,7 @@ def test_make_runs_from_pictures_to_a_folder(make, tmp_path, monkeypatch, capsys
         seed, task, visited, everyone = job  # 30 states for each of 8 tasks, 99 random ones
         assert make.TASKS[seed % 100] == task and len(everyone) == 339
         assert seed < 100 if folder is None else folder == tmp_path
-        assert (visited == seed).all()  # of the policies before
+        assert (visited == (seed - 100 if seed // 100 == 1 else seed)).all()  # the last policies'
         return np.roll(frames, seed, 0), np.roll(odds, seed, 0)
 
     def short_fit(net, seen, known, *how):
@@ -684,15 +711,15 @@ def test_make_runs_from_pictures_to_a_folder(make, tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(shared, "pool", pool)
     short = dict(policy_states=policy_states, task_pictures=task_pictures, fit=short_fit)
-    short |= dict(SIGHT=16, ROUNDS=((4, 32), (4, 64)), HERE=tmp_path, PICTURES=30)
+    short |= dict(SIGHT=16, ROUNDS=((4, 0), (4, 32), (4, 64)), HERE=tmp_path, PICTURES=30)
     short |= dict(pole_pictures=lambda *_: (frames, odds), pictures=lambda *_: (frames, odds))
     short |= dict(random_states=lambda rng: np.zeros((99, 24)))
     for name, value in short.items():
         monkeypatch.setattr(make, name, value)
     make.main([])
     assert asked == [16] * 8 + [32] * 8 + [64] * 8
-    out = capsys.readouterr().out  # 40 of each task twice, of the pole, at random
-    assert "training on 720 pictures" in out and "one-leg, states of a policy unseen: 40" in out
+    out = capsys.readouterr().out  # 40 of each task three times, of the pole, at random
+    assert "training on 1040 pictures" in out and "one-leg, states of a policy unseen: 40" in out
     config = json.loads((tmp_path / "open_clip_config.json").read_text())
     assert config == json.loads((vlmrm.TINY_CLIP / "open_clip_config.json").read_text())
     made, ours = (vlmrm.CLIPReward("a robot", clip=str(x)) for x in (tmp_path, "tiny_clip"))
