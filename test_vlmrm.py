@@ -506,8 +506,9 @@ def test_bad_input_is_one_line_and_exit_code_2(row, tmp_path, capsys, monkeypatc
     Path("folder/config.json").write_text("{{")
     before = sorted(tmp_path.rglob("*"))
     line, message = row.split("|")
-    argv = ["--prompt", "a cart", *shlex.split(line)]
-    main = partial(sac.main, argv[3:]) if "sac.py" in line else partial(vlmrm.main, argv)
+    argv = shlex.split(line)
+    run = partial(vlmrm.main, ["--prompt", "a cart", *SHORT, *argv])
+    main = partial(sac.main, argv[1:]) if "sac.py" in line else run
     with pytest.raises(SystemExit, match="2"):
         sac.run(main)
     (line,) = capsys.readouterr().err.splitlines()
