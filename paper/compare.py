@@ -23,7 +23,7 @@ def compare(cfg, prompts, states, goal):
     for prompt in prompts:
         reward = shared.clip_reward(replace(cfg, prompt=prompt))
         if world is None:
-            world = vlmrm.World(cfg, 1, reward.image_size)
+            world = vlmrm.World(cfg, 2, reward.image_size)
             s = reward.embed(pictures(world, states))  # (n, D)
         cells = []
         for alpha in shared.ALPHAS:

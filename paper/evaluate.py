@@ -92,7 +92,7 @@ def evaluate(args):
     policies, model = shared.policies(args.run, world), shared.model_of(world)
     fixed = labelled_states(task)
     goals = fixed[criteria.holds(task, model, fixed)]
-    typical = reward.embed(pictures(vlmrm.World(cfg, 1, reward.image_size), goals))  # (n, D)
+    typical = reward.embed(pictures(vlmrm.World(cfg, 2, reward.image_size), goals))  # (n, D)
     results = {"episodes": args.episodes, "reset_noise": args.reset_noise}
     for name, policy in policies.items():
         action, s, next_obs = shared.try_out(cfg, world, policy, reward.embed)
