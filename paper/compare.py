@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import criteria
 import shared
-from states import labelled_states, pictures
+from states import embed, labelled_states
 
 import sac
 import vlmrm
@@ -19,12 +19,10 @@ import vlmrm
 def compare(cfg, prompts, states, goal):
     """A line for each prompt: an EPIC (AUROC) for each alpha, looks, picture model, the size of its
     image tower in parameters."""
-    world = s = None
+    s = None
     for prompt in prompts:
         reward = shared.clip_reward(replace(cfg, prompt=prompt))
-        if world is None:
-            world = vlmrm.World(cfg, 2, reward.image_size)
-            s = reward.embed(pictures(world, states))  # (n, D)
+        s = embed(reward, cfg, states) if s is None else s  # (n, D)
         cells = []
         for alpha in shared.ALPHAS:
             r = shared.rewards(reward, s, alpha)

@@ -17,7 +17,7 @@ import numpy as np
 import shared
 import torch
 from PIL import Image, ImageDraw
-from states import labelled_states, pictures
+from states import embed, labelled_states
 
 import sac
 import vlmrm
@@ -92,7 +92,7 @@ def evaluate(args):
     policies, model = shared.policies(args.run, world), shared.model_of(world)
     fixed = labelled_states(task)
     goals = fixed[criteria.holds(task, model, fixed)]
-    typical = reward.embed(pictures(vlmrm.World(cfg, 2, reward.image_size), goals))  # (n, D)
+    typical = embed(reward, cfg, goals)  # (n, D)
     results = {"episodes": args.episodes, "reset_noise": args.reset_noise}
     for name, policy in policies.items():
         action, s, next_obs = shared.try_out(cfg, world, policy, reward.embed)

@@ -98,3 +98,9 @@ def pictures(world, states):
             sim.set_state(state, velocity)
         frames.extend(world.render())
     return np.stack(frames[: len(states)])
+
+
+def embed(reward, cfg, states):
+    """A CLIPReward's unit vectors (n, D) of pictures of states (n, nq), in a run's looks and from
+    both sides by turns, as its policy is paid."""
+    return reward.embed(pictures(vlmrm.World(cfg, 2, reward.image_size), states))

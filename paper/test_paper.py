@@ -255,19 +255,26 @@ def test_every_second_simulation_is_in_a_mirror_unless_the_prompt_says_left(mode
 # ---- the scripts ----
 
 
-def test_compared_rows_are_the_clip_reward_beside_the_label(capsys, monkeypatch):
-    states = labelled_states("cartpole")[::10]
-    monkeypatch.setattr(compare, "labelled_states", {"cartpole": states}.get)
-    prompts = ["balanced pole on the cart", "fallen pole and cart"]
-    compare.main(["--task", "cartpole", "--clip", "tiny_clip", "tiny_clip", "--prompt", *prompts])
+@pytest.mark.parametrize(
+    "task, prompts",
+    [
+        ("cartpole", ["balanced pole on the cart", "fallen pole and cart"]),
+        ("kneeling", ["a humanoid robot kneeling", "a robot on its knees"]),
+    ],
+)
+def test_compared_rows_are_the_clip_reward_beside_the_label(task, prompts, capsys, monkeypatch):
+    states = labelled_states(task)[::10]
+    monkeypatch.setattr(compare, "labelled_states", {task: states}.get)
+    compare.main(["--task", task, "--clip", "tiny_clip", "tiny_clip", "--prompt", *prompts])
     rows = [line for line in capsys.readouterr().out.splitlines() if "tiny_clip" in line]
     assert len(rows) == 4 and rows[:2] == rows[2:]
-    frames = pictures(vlmrm.World(shared.configure("cartpole"), 1, 64), states)
-    goal = np.abs(states[:, 1]) < 0.2
+    world = vlmrm.World(shared.configure(task), 2, 64)  # every second state from the other side
+    goal = criteria.holds(task, shared.model_of(world), states)
     for row, prompt in zip(rows[:2], prompts, strict=True):
         assert row.endswith(prompt)
-        reward = vlmrm.CLIPReward(prompt, "pole and cart", 0.5)(frames).numpy()
-        expected = f"{shared.epic(reward, goal):.3f} ({shared.auroc(reward, goal):.3f})"
+        reward = vlmrm.CLIPReward(prompt, criteria.TASKS[task].baseline, 0.5)
+        r = reward(pictures(world, states)).numpy()
+        expected = f"{shared.epic(r, goal):.3f} ({shared.auroc(r, goal):.3f})"
         assert row.split("  ")[2] == expected
 
 
