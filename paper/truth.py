@@ -49,12 +49,16 @@ def kneeling(robot):
 
 
 def lotus(robot):
-    """Seated, knees down and outwards, feet in front and further inwards, (N,)."""
+    """Seated, knees down and outwards, feet further inwards and in front, but not far, (N,). The
+    pelvis has to tilt back for it, to 80 degrees; if it rolls on, the knees rise."""
     knee = robot.pelvis.outwards(robot.shin.centre)
     foot = robot.pelvis.outwards(robot.foot)
     ahead = dot(robot.foot - robot.pelvis.centre, robot.torso.front)
-    legs = above(robot.knee, 0.08, 6) + below(knee, 0.22, 4) + above(foot - knee, -0.13, 4)
-    return seated(robot) + legs.sum(1) + below(ahead.min(1), 0.2, 6)
+    legs = above(robot.knee, 0.07, 12) + below(knee, 0.22, 4) + above(foot - knee, -0.13, 4)
+    feet = below(ahead, 0.0, 6) + above(ahead, 0.18, 6)
+    rolled = below(height(robot.pelvis.up)[:, 0], 0.1, 6)
+    low = above(height(robot.pelvis.centre)[:, 0], 0.18, 10)  # again: it is not to sit on its feet
+    return seated(robot) + rolled + low + (legs + feet).sum(1)
 
 
 def splits(robot):
