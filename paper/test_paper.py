@@ -537,12 +537,13 @@ def falls(x):
     return -x - 0.3 * (1 - math.exp(-10 * x))
 
 
-def far_lotus(robot):
-    """The log-odds of a lotus whose feet are too far ahead, which lifts pelvis and knees."""
-    pelvis, knee = robot.pelvis.centre[0, 0], robot.knee[0, 0]
-    ahead = (robot.foot[0, 0] - pelvis) @ robot.torso.front[0, 0]
-    foot = falls(12 * (knee - 0.07)) + falls(6 * (ahead - 0.18))
-    return 2 * foot + 2 * falls(10 * (pelvis[2] - 0.18)) - 0.7  # and is no goal state
+def no_lotus(robot):
+    """What a lotus misses with its feet too far ahead, or one behind: it lifts pelvis and knees."""
+    pelvis, legs = robot.pelvis.centre[0, 0], 0
+    for knee, foot in zip(robot.knee[0], robot.foot[0], strict=True):
+        ahead = (foot - pelvis) @ robot.torso.front[0, 0]
+        legs += falls(12 * max(0, knee - 0.07)) + falls(6 * max(0, ahead - 0.18, -ahead))
+    return legs + 2 * falls(10 * (pelvis[2] - 0.18)) - 0.7  # and is no goal state
 
 
 def left_hip(robot):
@@ -563,7 +564,8 @@ def left_hip(robot):
             dict(pitch=-15),  # the pelvis rolls back
             lambda robot: falls(6 * (0.1 - robot.pelvis.up[0, 0, 2])),
         ),
-        ("lotus", dict(knee=-130), far_lotus),
+        ("lotus", dict(knee=-130), no_lotus),
+        ("lotus", dict(left_hip_y=20, left_hip_z=35), no_lotus),
         (
             "hands-on-hips",
             dict(left_shoulder1=-35),
