@@ -57,8 +57,10 @@ def states_of(world):
 def pool(processes):
     """Quiet processes that end with the `with` block, however that is left, also by Ctrl-C."""
     os.environ["TQDM_DISABLE"] = "1"  # read when they import tqdm
+    workers = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), sac.use_onednn)
     try:
-        yield ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), sac.use_onednn)
+        yield workers
+        workers.shutdown()
     finally:
         for process in multiprocessing.active_children():
             process.terminate()
